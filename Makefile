@@ -1,0 +1,66 @@
+# `make help` lists the targets. Needs Python 3.11 to 3.13 and GNU make 3.81 or newer.
+
+PYTHON ?= python3
+VENV ?= .venv
+# An extra package index for torch: where its CPU build must be picked, give PyTorch's index of CPU wheels.
+#   make venv TORCH_INDEX=<address>
+TORCH_INDEX ?=
+# Further arguments of pytest, as in `make test PYTEST_ARGS="-n 2 -k scoring"`, and of `foresight quickstart`.
+PYTEST_ARGS ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.foresight-installed
+PIP_INSTALL := $(BIN)/python -m pip install $(if $(strip $(TORCH_INDEX)),--extra-index-url "$(strip $(TORCH_INDEX))")
+# Read from pyproject.toml, so that the version is written once.
+TORCH = $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test test-slow lint format quickstart bench clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP)  ## Make .venv with Foresight and everything it needs
+
+# torch goes first and alone: pip then takes the build its configuration prefers (a CPU wheel, say), and what
+# follows finds the requirement met instead of choosing a build of its own.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
+	  echo "Foresight needs Python 3.11 to 3.13, and $(PYTHON) is not: make venv PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) "$(TORCH)"
+	$(PIP_INSTALL) -e ".[dev]"
+	$(BIN)/python -m pip check
+	touch $@
+
+# No test needs the network; Ray's token file and the Hub's telemetry are of no use in one.
+test test-slow: export HF_HUB_OFFLINE = 1
+test test-slow: export HF_HUB_DISABLE_TELEMETRY = 1
+test test-slow: export RAY_AUTH_MODE = disabled
+
+test: lint  ## Lint, type-check and run the tests (PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: lint  ## The same with the slow tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP)  ## Let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quickstart: $(STAMP)  ## Train the tiny video model, from MP4 files to an exported policy (ARGS)
+	$(BIN)/foresight quickstart $(ARGS)
+
+bench: $(STAMP)  ## Run every script in benchmarks/
+	@set -e; for script in benchmarks/*.py; do \
+	  if [ -f "$$script" ]; then echo "== $$script"; $(BIN)/python "$$script"; fi; done
+
+clean:  ## Remove caches and build products; .venv and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,82 @@
+"""What the trainer asks of the parts it does not import: engines, media, rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from rl.trajectory import MediaKey, RolloutRequest, TrajectoryGroup
+
+
+@dataclass(frozen=True)
+class Media:
+    """One clip, processed: the tensors a model's forward takes, and when its frames were.
+
+    `inputs` holds `pixel_values_videos` [N, D], `video_grid_thw` [1, 3] and whatever else the model family needs
+    (`second_per_grid_ts` [1] for Qwen2.5-VL). `placeholder` is the text that replaces the clip's one video token
+    in the prompt (timestamps and as many video tokens as the clip has merged patches).
+    """
+
+    key: MediaKey
+    inputs: dict[str, torch.Tensor]
+    placeholder: str
+    timestamps: tuple[float, ...] = ()  # seconds, one a frame
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    """Parameters of one policy version, by the names of the policy's own state dict."""
+
+    version: int
+    state: dict[str, torch.Tensor]
+    checksum: str
+
+
+class MediaSource(Protocol):
+    """Hands out processed clips by key."""
+
+    def get(self, key: MediaKey) -> Media: ...
+
+
+class Engine(Protocol):
+    """Samples latent trajectories of one policy version."""
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[TrajectoryGroup]: ...
+
+    def update_weights(self, update: WeightUpdate) -> int: ...
+
+    def health(self) -> dict[str, Any]: ...
+
+
+class Rollouts(Engine, Protocol):
+    """An engine, or a fleet of them, together with the media its trajectories refer to."""
+
+    media: MediaSource
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """Rewards of one group of G trajectories. NaN stands for "no value".
+
+    `components[name]` are the unweighted values [G] of one reward; `outcome` [G] is 1 for right, 0 for wrong.
+    """
+
+    outcome: list[float]
+    components: dict[str, list[float]] = field(default_factory=dict)
+
+
+class Scorer(Protocol):
+    """Scores groups: first the outcome (which the group filter looks at), then everything else."""
+
+    names: Sequence[str]  # one a reward, the outcome first
+    weights: Sequence[float]
+    functions: Sequence[Callable[..., Any]]
+
+    def outcomes(self, groups: Sequence[TrajectoryGroup]) -> list[list[float]]: ...
+
+    def score(
+        self, groups: Sequence[TrajectoryGroup], outcomes: Sequence[Sequence[float]]
+    ) -> list[GroupScores]: ...

@@ -1,0 +1,559 @@
+"""LA-DAPO: DAPO for policies that think in latents, on TRL's GRPOTrainer.
+
+The one file that touches TRL's private members (`TRL_MEMBERS`, pinned by a test). What TRL keeps: the sampler, reward
+statistics and advantages, the clipped token term and its KL, metrics, callbacks, checkpoints, PEFT. What is ours: the
+rollouts come from a pool and carry their latents, the group filter looks at outcomes and refills, log-probs are an
+exact replay with the stored latents fed back, and the latent term.
+
+Source: LA-DAPO is the trainer of Future-L1 (arXiv 2606.05769); its released code scores text without the latents it
+was conditioned on and compares each latent with the wrong hidden state, so this is our reconstruction.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather, is_peft_model
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from trl import GRPOConfig, GRPOTrainer
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
+
+from rl.checkpoints import CompleteCheckpoints, read_state
+from rl.errors import ObjectiveError, PolicyError
+from rl.interfaces import Rollouts, Scorer
+from rl.objective import Reduction, has_contrast, judge_group, latent_surrogate, reduce_width
+from rl.policy.density import latent_kl
+from rl.policy.model import LatentPolicy
+from rl.policy.protocol import Slot
+from rl.scoring import Replay, collate, replay
+from rl.trajectory import RolloutRequest, Sample, Sampling, Trajectory, TrajectoryGroup
+from rl.weights import weight_update
+
+# The private members of GRPOTrainer used here, with the arguments relied on. A test compares them with the installed
+# TRL, so that an upgrade that moves one fails loudly.
+TRL_MEMBERS: dict[str, tuple[str, ...]] = {
+    "_generate_and_score_completions": ("self", "inputs"),
+    "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+    "_get_per_token_logps_and_entropies": (
+        "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
+        "compute_aux_loss", "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
+        "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+    ),
+    "_compute_loss": ("self", "model", "inputs"),
+    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
+}  # fmt: skip
+
+
+@dataclass
+class LADAPOConfig(GRPOConfig):
+    """TRL's `GRPOConfig` plus the latent term, the group filter and the replay check.
+
+    Of TRL's own arguments `epsilon_high` defaults to DAPO's 0.28 here; `temperature` is the sampler's as well.
+    """
+
+    epsilon_high: float | None = field(
+        default=0.28, metadata={"help": "Upper clip of the token ratio (DAPO's clip-higher)."}
+    )
+    latent_alpha: float = field(
+        default=0.5, metadata={"help": "α, weight of the latent term. Needs a policy with noise."}
+    )
+    latent_epsilon: float = field(default=0.1, metadata={"help": "Lower clip of the latent ratio."})
+    latent_epsilon_high: float | None = field(
+        default=None,
+        metadata={"help": "Upper clip of the latent ratio; None: the same as the lower."},
+    )
+    latent_reduction: Reduction = field(
+        default="sqrt_dim",
+        metadata={
+            "help": "How log-densities over the hidden width enter the ratio: sum, sqrt_dim or mean."
+        },
+    )
+    latent_beta: float = field(
+        default=0.0, metadata={"help": "β_z, weight of the latents' KL to the reference policy."}
+    )
+    filter_low: float = field(
+        default=0.0,
+        metadata={"help": "Train on groups whose accuracy is above this (DAPO 0, Future-L1 0.1)."},
+    )
+    filter_high: float = field(
+        default=1.0,
+        metadata={"help": "Train on groups whose accuracy is below this (DAPO 1, Future-L1 0.9)."},
+    )
+    max_refills: int = field(
+        default=0,
+        metadata={
+            "help": "How many more times to sample new prompts in the place of dropped groups."
+        },
+    )
+    gate_shaping: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether shaped rewards give no gradient to groups that are all right or all wrong."
+        },
+    )
+    max_mismatch: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when a fresh trajectory's replayed log-prob differs by more than this."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.filter_low < self.filter_high <= 1.0:
+            raise ObjectiveError(
+                f"need 0 <= filter_low < filter_high <= 1, got {self.filter_low} and {self.filter_high}"
+            )
+        if self.max_refills < 0:
+            raise ObjectiveError(f"max_refills is {self.max_refills}; it must be >= 0")
+        if self.temperature <= 0:
+            raise ObjectiveError(
+                "temperature must be above 0: a greedy policy has no log-probs to learn from"
+            )
+        for name, inert in (("top_p", 1.0), ("top_k", 0), ("min_p", None)):
+            if getattr(self, name) not in (inert, None):
+                raise ObjectiveError(
+                    f"{name}={getattr(self, name)} is not supported: replay scores the whole distribution, and "
+                    f"truncated sampling would bias the ratio. Leave {name} at its default"
+                )
+        for name in ("use_vllm", "use_transformers_continuous_batching"):
+            if getattr(self, name, False):
+                raise ObjectiveError(
+                    f"{name} is TRL's own generation; rollouts come from the pool instead"
+                )
+        reduce_width(torch.zeros(1), 1, self.latent_reduction)
+
+
+class LADAPOTrainer(GRPOTrainer):
+    """Trains a `LatentPolicy` on trajectories sampled by `rollouts` and scored by `scorer`.
+
+    `model` is the policy, `samples` the prompts, `processing_class` its processor (saved with each checkpoint). With
+    `peft_config` the adapters are trained and the latent head is saved whole. Raises `ObjectiveError` when the latent
+    term is asked for and the policy has no noise.
+    """
+
+    _tag_names = ("trl", "la-dapo", "foresight")
+    _name = "LA-DAPO"
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        rollouts: Rollouts,
+        scorer: Scorer,
+        samples: Sequence[Sample],
+        args: LADAPOConfig,
+        processing_class: Any,
+        eval_samples: Sequence[Sample] | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: Sequence[Any] = (),
+        **kwargs: Any,
+    ) -> None:
+        _check(model, args)
+        self.rollouts, self.scorer = rollouts, scorer
+        self.samples = {s.id: s for s in (*samples, *(eval_samples or ()))}
+        self._train_ids = [s.id for s in samples]
+        self._handed: list[tuple[TrajectoryGroup, bool]] = []
+        self._rewards: torch.Tensor | None = None
+        self._replaying: list[Trajectory] | None = None
+        self._replays: list[Replay] = []
+        self._synced_step: int | None = None
+        self._refill_cursor = 0
+        if peft_config is not None and any(True for _ in model.latent_head.parameters()):
+            kept = set(getattr(peft_config, "modules_to_save", None) or ())
+            peft_config.modules_to_save = sorted(kept | {"latent_head"})  # type: ignore[attr-defined]
+        wants_reference = args.beta != 0.0 or args.latent_beta != 0.0
+        reference = copy.deepcopy(model) if wants_reference and peft_config is None else None
+        args.reward_weights = list(scorer.weights)
+        # TRL would load the reference by the model's class name, without its latent head: it gets none to load.
+        beta, args.beta = args.beta, 0.0
+        super().__init__(
+            model=model,
+            reward_funcs=list(scorer.functions),
+            args=args,
+            train_dataset=_dataset(samples),
+            eval_dataset=_dataset(eval_samples) if eval_samples else None,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=[CompleteCheckpoints(self._resume_state), *callbacks],
+            rollout_func=_hand_over,
+            **kwargs,
+        )
+        args.beta = self.beta = beta
+        self.reward_func_names = list(scorer.names)
+        self.ref_model = self._prepare_reference(reference)
+
+    # -- the reference policy and the workers' weights ----------------------------------------------------------
+
+    def _prepare_reference(self, reference: Any) -> Any:
+        if reference is None:
+            return None
+        reference.requires_grad_(False).eval()
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(reference, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(reference, self.accelerator)
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    @property
+    def policy(self) -> LatentPolicy:
+        """The policy inside whatever wraps it."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if is_peft_model(model) else model
+
+    def _sync_weights(self) -> None:
+        if self._synced_step == self.state.global_step:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        if self.accelerator.is_main_process:
+            # Frozen parameters are the same ever after the first update.
+            update = weight_update(
+                model, self.state.global_step, trainable_only=self._synced_step is not None
+            )
+            self.rollouts.update_weights(update)
+        self.accelerator.wait_for_everyone()
+        self._synced_step = self.state.global_step
+
+    # -- rollouts: sample, score, filter, refill ----------------------------------------------------------------
+
+    def _sample_groups(
+        self, samples: Sequence[Sample], size: int, tries: int
+    ) -> list[TrajectoryGroup]:
+        sampling = Sampling(temperature=self.temperature, max_new_tokens=self.max_completion_length)
+        place = f"{self.args.seed}/{self.state.global_step}/{self._step}/{tries}"
+        requests = [
+            RolloutRequest(
+                s, tuple(_seed(f"{place}/{i}/{s.id}/{g}") for g in range(size)), sampling
+            )
+            for i, s in enumerate(samples)
+        ]
+        return self.rollouts.generate(requests)
+
+    def _refill(self, count: int) -> list[Sample]:
+        """The next `count` prompts of this process, in an order of their own, apart from TRL's sampler."""
+        drawn = []
+        for _ in range(count):
+            place = (
+                self._refill_cursor * self.accelerator.num_processes
+                + self.accelerator.process_index
+            )
+            epoch, index = divmod(place, len(self._train_ids))
+            order = np.random.default_rng((self.args.seed, epoch)).permutation(len(self._train_ids))
+            drawn.append(self.samples[self._train_ids[order[index]]])
+            self._refill_cursor += 1
+        return drawn
+
+    def _collect(
+        self, samples: Sequence[Sample], size: int, mode: str
+    ) -> list[tuple[TrajectoryGroup, list[float], bool]]:
+        """One group a slot, its outcomes, and whether it is trained on."""
+        kept: list[tuple[TrajectoryGroup, list[float], bool]] = []
+        dropped: list[tuple[TrajectoryGroup, list[float], bool]] = []
+        reasons: Counter[str] = Counter()
+        pending, tries = list(samples), 0
+        while True:
+            groups = self._sample_groups(pending, size, tries)
+            for group, outcome in zip(groups, self.scorer.outcomes(groups), strict=True):
+                verdict = judge_group(outcome, self.args.filter_low, self.args.filter_high)
+                reasons[verdict.reason] += 1
+                keep = verdict.keep or mode == "eval"
+                (kept if keep else dropped).append((group, list(outcome), keep))
+            missing = len(samples) - len(kept)
+            if missing == 0 or tries >= self.args.max_refills or mode == "eval":
+                break
+            pending, tries = self._refill(missing), tries + 1
+        metrics = self._metrics[mode]
+        metrics["groups/refills"].append(tries)
+        metrics["groups/trained"].append(len(kept) / len(samples))
+        for reason in ("kept", "all_wrong", "all_right", "too_hard", "too_easy", "invalid"):
+            metrics[f"groups/{reason}"].append(reasons[reason])
+        return kept + dropped[: len(samples) - len(kept)]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        mode = "train" if self.model.training else "eval"
+        size = self.num_generations if mode == "train" else self.num_generations_eval
+        self._sync_weights()
+        collected = self._collect(
+            [self.samples[row["sample_id"]] for row in inputs[::size]], size, mode
+        )
+        groups = [group for group, _, _ in collected]
+        scores = self.scorer.score(groups, [outcome for _, outcome, _ in collected])
+        self._rewards = torch.tensor(
+            [
+                [s.components[name][g] for name in self.scorer.names]
+                for s in scores
+                for g in range(size)
+            ],
+            dtype=torch.float32,
+        )
+        self._handed = [(group, keep) for group, _, keep in collected]
+        trajectories = [t for group in groups for t in group]
+        rows = [_row(t.sample) for t in groups for _ in range(size)]
+        # With β at 0 TRL makes at most one pass here, for the old log-probs, which the sampler has already given.
+        self._replaying, (beta, self.beta) = None, (self.beta, 0.0)
+        try:
+            out = super()._generate_and_score_completions(rows)
+        finally:
+            self.beta = beta
+        out["old_per_token_logps"] = out["sampling_per_token_logps"]
+        if self.args.gate_shaping:
+            flat = [has_contrast(outcome) for _, outcome, _ in collected for _ in range(size)]
+            out["advantages"] = out["advantages"] * torch.tensor(
+                flat, device=out["advantages"].device
+            )
+        trained = (out["completion_mask"] * out["tool_mask"]).any(dim=1).tolist()
+        latents = sum(len(t.latents) for t, on in zip(trajectories, trained, strict=True) if on)
+        out["num_latents_in_batch"] = gather(
+            torch.tensor(float(latents), device=self.accelerator.device)
+        ).sum()
+        out["trajectories"] = trajectories
+        if self.beta != 0.0 or self.args.latent_beta != 0.0:
+            out["ref_per_token_logps"], out["reference_means"] = self._score_reference(
+                trajectories, out
+            )
+        self._log_rollouts(trajectories, mode)
+        return out
+
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> torch.Tensor:
+        assert self._rewards is not None
+        return gather(self._rewards.to(self.accelerator.device))
+
+    def _log_rollouts(self, trajectories: Sequence[Trajectory], mode: str) -> None:
+        metrics = self._metrics[mode]
+        metrics["latents/share_imagining"].append(
+            float(np.mean([t.imagined for t in trajectories]))
+        )
+        metrics["latents/spans"].append(float(np.mean([len(t.span_lengths) for t in trajectories])))
+        metrics["latents/per_completion"].append(
+            float(np.mean([len(t.latents) for t in trajectories]))
+        )
+        lag = self.state.global_step - np.array([t.policy_version for t in trajectories])
+        metrics["rollouts/staleness"].append(float(lag.mean()))
+
+    # -- replay: TRL asks for log-probs, we score the stored trajectories -----------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **_: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        if compute_aux_loss:
+            raise ObjectiveError(
+                "router_aux_loss_coef is not supported: replay has no router logits"
+            )
+        if self._replaying is None:
+            # The old policy's pass: the sampler's own log-probs are exact, and `out` takes them anyway.
+            return (
+                input_ids.new_zeros((len(input_ids), logits_to_keep), dtype=torch.float32),
+                None,
+                None,
+            )
+        self._replays = self._replay(model, self._replaying, batch_size or len(self._replaying))
+        logps = _pad_to(logits_to_keep, [r.logprobs for r in self._replays])
+        entropies = (
+            _pad_to(logits_to_keep, [r.entropies for r in self._replays])
+            if compute_entropy
+            else None
+        )
+        return logps, entropies, None
+
+    def _replay(
+        self, model: Any, trajectories: Sequence[Trajectory], batch_size: int
+    ) -> list[Replay]:
+        replays = []
+        for start in range(0, len(trajectories), batch_size):
+            batch = collate(
+                trajectories[start : start + batch_size],
+                self.policy,
+                self.rollouts.media,
+                pad_id=self._tokenizer.pad_token_id,
+            ).to(self.accelerator.device)
+            with self.accelerator.autocast():
+                replays.append(replay(model, batch, self.policy))
+        return replays
+
+    @torch.no_grad()
+    def _score_reference(
+        self, trajectories: Sequence[Trajectory], out: dict[str, Any]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The reference policy's log-probs [B, C], and its latent means, one tensor [L_i, H] a trajectory."""
+        with self._reference_policy() as model:
+            replays = self._replay(model, trajectories, self.args.per_device_train_batch_size)
+        logps = _pad_to(out["completion_ids"].size(1), [r.logprobs for r in replays])
+        means = torch.cat([r.means for r in replays])
+        return logps, list(means.split([len(t.latents) for t in trajectories]))
+
+    @contextmanager
+    def _reference_policy(self) -> Any:
+        adapters: Any = nullcontext()
+        if self.ref_model is None:
+            peft: PeftModel = self.accelerator.unwrap_model(self.model)
+            adapters = peft.disable_adapter()
+        with adapters:
+            yield self.ref_model if self.ref_model is not None else self.model
+
+    # -- the loss -----------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        self._replaying = inputs["trajectories"]
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            self._replaying = None
+        (replayed,), self._replays = self._replays, []
+        self._check_mismatch(replayed, inputs)
+        return loss + self._latent_loss(replayed, inputs)
+
+    def _latent_loss(self, replayed: Replay, inputs: dict[str, Any]) -> torch.Tensor:
+        """α·L_latent + β_z·KL_latent over this micro-batch, normalised by the latents of the whole batch."""
+        mode = "train" if self.model.training else "eval"
+        device, args, protocol = self.accelerator.device, self.args, self.policy.protocol
+        trajectories: list[Trajectory] = inputs["trajectories"]
+        counts = torch.tensor([len(t.latents) for t in trajectories], device=device)
+        # Rows without a trained token (dropped groups, masked truncations) train no latent either.
+        rows = (inputs["completion_mask"] * inputs["tool_mask"]).any(dim=1)
+        on_L = rows.repeat_interleave(counts)
+        normalizer = inputs["num_latents_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if mode == "train":
+            normalizer = (
+                normalizer * self.current_gradient_accumulation_steps / args.steps_per_generation
+            )
+        # The head stays in the graph even where no latent is trained, so that DDP finds its gradients.
+        loss = replayed.means.sum() * 0.0
+        if replayed.latent_logprobs is None or not bool(on_L.any()):
+            return loss
+        dim = replayed.means.shape[-1]
+        old_L = torch.from_numpy(np.concatenate([t.latent_logprobs for t in trajectories])).to(
+            device
+        )
+        surrogate = latent_surrogate(
+            replayed.latent_logprobs[on_L],
+            old_L[on_L],
+            inputs["advantages"].repeat_interleave(counts)[on_L],
+            dim=dim,
+            reduction=args.latent_reduction,
+            clip_low=args.latent_epsilon,
+            clip_high=args.latent_epsilon
+            if args.latent_epsilon_high is None
+            else args.latent_epsilon_high,
+            normalizer=normalizer,
+        )
+        metrics = self._metrics[mode]
+        metrics["latents/loss"].append(self._mean(surrogate.loss))
+        metrics["latents/ratio"].append(self._mean(surrogate.ratio_L.mean()))
+        metrics["latents/clip_ratio"].append(self._mean(surrogate.clipped_L.float().mean()))
+        loss = loss + args.latent_alpha * surrogate.loss
+        if args.latent_beta != 0.0:
+            means = torch.cat(inputs["reference_means"]).to(device)
+            kl_L = latent_kl(replayed.means, means, protocol.noise_scale, protocol.density)[on_L]
+            kl_L = reduce_width(kl_L, dim, args.latent_reduction)
+            metrics["latents/kl"].append(self._mean(kl_L.mean()))
+            loss = loss + args.latent_beta * kl_L.sum() / normalizer
+        return loss
+
+    def _mean(self, value: torch.Tensor) -> float:
+        return self.accelerator.gather(value.detach().float()).mean().item()
+
+    @torch.no_grad()
+    def _check_mismatch(self, replayed: Replay, inputs: dict[str, Any]) -> None:
+        """Log how far replay is from the sampler, where no update has come between them yet."""
+        trajectories: list[Trajectory] = inputs["trajectories"]
+        if any(t.policy_version != self.state.global_step for t in trajectories):
+            return
+        width = inputs["old_per_token_logps"].size(1)
+        decided = np.zeros((len(trajectories), width), dtype=bool)
+        for row, t in enumerate(trajectories):
+            decided[row, : len(t.decision)] = t.decision != Slot.FORCED
+        gap = (_pad_to(width, [replayed.logprobs]) - inputs["old_per_token_logps"]).abs()
+        worst = gap[torch.from_numpy(decided).to(gap.device)].max().item()
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["replay/max_gap"].append(worst)
+        if replayed.latent_logprobs is not None and len(replayed.latent_logprobs):
+            old = torch.from_numpy(np.concatenate([t.latent_logprobs for t in trajectories]))
+            latent_gap = (replayed.latent_logprobs.cpu() - old).abs() / math.sqrt(
+                replayed.means.shape[-1]
+            )
+            self._metrics[mode]["replay/max_latent_gap"].append(latent_gap.max().item())
+        if self.args.max_mismatch is not None and worst > self.args.max_mismatch:
+            raise ObjectiveError(
+                f"at step {self.state.global_step} the trainer gives a token a log-prob {worst:.2g} away from the "
+                f"sampler's (max_mismatch is {self.args.max_mismatch}); the workers hold other weights or see other "
+                "inputs, and ratios would be wrong"
+            )
+
+    # -- resuming -----------------------------------------------------------------------------------------------
+
+    def _resume_state(self) -> dict[str, Any]:
+        return {"refill_cursor": self._refill_cursor}
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._refill_cursor = int(read_state(checkpoint).get("refill_cursor", 0))
+
+
+def _hand_over(prompts: Any, trainer: LADAPOTrainer) -> dict[str, Any]:
+    """TRL's `rollout_func`: the groups that were already sampled. Dropped groups are masked throughout."""
+    pairs = [(t, keep) for group, keep in trainer._handed for t in group]
+    trainer._handed = []
+    return {
+        "prompt_ids": [t.prompt_ids.tolist() for t, _ in pairs],
+        "completion_ids": [t.completion_ids.tolist() for t, _ in pairs],
+        "logprobs": [t.logprobs.tolist() for t, _ in pairs],
+        "env_mask": [
+            ((t.decision != Slot.FORCED) & keep).astype(int).tolist() for t, keep in pairs
+        ],
+    }
+
+
+def _check(model: Any, args: LADAPOConfig) -> None:
+    if isinstance(model, PeftModel):
+        raise PolicyError(
+            "pass the policy itself and a `peft_config`; adapters are added by the trainer"
+        )
+    if not isinstance(model, LatentPolicy):
+        raise PolicyError(
+            f"{type(model).__name__} is no latent policy; make one with `rl.make_policy`"
+        )
+    noise = model.protocol.noise_scale
+    if noise == 0.0 and (args.latent_alpha != 0.0 or args.latent_beta != 0.0):
+        raise ObjectiveError(
+            f"latent_alpha={args.latent_alpha} and latent_beta={args.latent_beta} ask for a latent term, but the "
+            "policy's noise_scale is 0: its latents are their own means, the gradient of their log-density is exactly "
+            "zero and its KL is undefined. Set the protocol's noise_scale above 0 (0.1 is a start), or set "
+            "latent_alpha and latent_beta to 0"
+        )
+
+
+def _dataset(samples: Sequence[Sample]) -> Dataset:
+    return Dataset.from_list([_row(s) for s in samples])
+
+
+def _row(sample: Sample) -> dict[str, Any]:
+    return {"prompt": [{"role": "user", "content": sample.question}], "sample_id": sample.id}
+
+
+def _pad_to(width: int, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([torch.nn.functional.pad(p, (0, width - p.size(1))) for p in parts])
+
+
+def _seed(place: str) -> int:
+    return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest(), "big")

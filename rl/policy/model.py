@@ -1,0 +1,240 @@
+"""The latent policy: a transformers vision-language model that can be fed latents and scored on them.
+
+`make_policy` turns a video model into one, `load_policy` reads one back; a policy is saved by `save_pretrained` like
+any model, with its protocol and head in ``config.json`` under the key ``foresight``, so a plain directory is enough.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from rl.errors import PolicyError, TrajectoryError
+from rl.policy.heads import HeadConfig
+from rl.policy.protocol import LatentProtocol, LatentTokens
+from rl.policy.scores import Scores, ScoreSlots, score_slots
+
+if TYPE_CHECKING:
+    # What every dynamically made policy class is: the mixin on a transformers model.
+    _Base = PreTrainedModel
+else:
+    _Base = object
+
+CONFIG_KEY = "foresight"
+_CONFIG_VERSION = 1
+
+
+class LatentPolicy(_Base):
+    """Mixin that gives a vision-language model latents. `policy_class` combines it with a model class.
+
+    `forward` takes two more arguments. `latents` [L, H] are the input embeddings at the filler tokens of
+    `input_ids`, in row-major order. `slots` asks for log-probs at given positions instead of logits: then the
+    result is a `Scores`, and full-vocabulary logits never exist for the whole sequence. Both act inside `forward`,
+    by a hook on the embedding, so that DDP, FSDP2 and PEFT wrappers see an ordinary call.
+    """
+
+    latent_head: nn.Module
+    protocol: LatentProtocol
+    latent_tokens: LatentTokens
+
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        settings = policy_settings(config)
+        self.protocol = LatentProtocol.from_dict(settings["protocol"])
+        self.latent_tokens = LatentTokens(**{k: _tuples(v) for k, v in settings["tokens"].items()})
+        self.latent_head = HeadConfig(**settings["head"]).build(
+            config.get_text_config().hidden_size
+        )
+        self.latent_head.apply(self._init_weights)
+
+    def forward(
+        self,
+        *args: Any,
+        latents: torch.Tensor | None = None,
+        slots: ScoreSlots | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if slots is None:
+            with self._feeding(latents):
+                return super().forward(*args, **kwargs)
+        hidden = self.hidden_states(
+            *args, latents=latents, use_cache=False, **kwargs
+        ).last_hidden_state
+        return self.score(hidden, slots)
+
+    def score(self, hidden: torch.Tensor, slots: ScoreSlots) -> Scores:
+        """Log-probs, entropies and latent means at `slots`, from hidden states [B, T, H]."""
+        return score_slots(
+            hidden,
+            slots,
+            tokens=self.latent_tokens,
+            lm_head=self.get_output_embeddings(),
+            head=self.latent_head,
+        )
+
+    def hidden_states(self, *args: Any, latents: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """The backbone's output (`last_hidden_state` [B, T, H] after the final norm, `past_key_values`)."""
+        with self._feeding(latents):
+            return self.base_model(*args, **kwargs)
+
+    @contextmanager
+    def _feeding(self, latents: torch.Tensor | None) -> Iterator[None]:
+        if latents is None:
+            yield
+            return
+        fed = False
+
+        def put(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            nonlocal fed
+            fed = True
+            at = args[0] == self.latent_tokens.filler
+            if int(at.sum()) != latents.shape[0]:
+                raise TrajectoryError(
+                    f"{latents.shape[0]} latents for {int(at.sum())} filler tokens; each filler needs one latent"
+                )
+            return output.masked_scatter(at.unsqueeze(-1), latents.to(output.dtype))
+
+        hook = self.get_input_embeddings().register_forward_hook(put)
+        try:
+            yield
+        finally:
+            hook.remove()
+        if not fed:
+            raise PolicyError(
+                f"{type(self).__name__} never looked its input ids up; it cannot be fed latents"
+            )
+
+    def position_ids(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions of a (left-padded) prompt batch [3, B, P], and each row's next position [B]."""
+        mask = inputs["attention_mask"]
+        if "video_grid_thw" in inputs or "image_grid_thw" in inputs:
+            accepted = inspect.signature(self.base_model.get_rope_index).parameters
+            positions, _ = self.base_model.get_rope_index(
+                **{k: v for k, v in inputs.items() if k in accepted}
+            )
+        else:
+            positions = (mask.cumsum(-1) - 1).clamp_min(0).expand(3, -1, -1)
+        return positions, positions.masked_fill(mask == 0, 0).amax(dim=(0, 2)) + 1
+
+    def set_protocol(self, protocol: LatentProtocol) -> None:
+        """Change budgets or noise; the tokens stay what they are in the vocabulary."""
+        if protocol.tokens != self.protocol.tokens:
+            raise PolicyError("the latent tokens of a policy cannot be changed after it was made")
+        self.protocol = protocol
+        getattr(self.config, CONFIG_KEY)["protocol"] = protocol.to_dict()
+
+
+def policy_settings(config: PretrainedConfig) -> dict[str, Any]:
+    """The ``foresight`` entry of a model config."""
+    settings = getattr(config, CONFIG_KEY, None)
+    if not isinstance(settings, dict) or not {"protocol", "tokens", "head"} <= settings.keys():
+        raise PolicyError(
+            f"{config.name_or_path or type(config).__name__} is no latent policy: its config.json has no "
+            f"{CONFIG_KEY!r} entry. Make one with `rl.policy.make_policy`"
+        )
+    if settings.get("version") != _CONFIG_VERSION:
+        raise PolicyError(
+            f"the policy was saved in format {settings.get('version')}; this Foresight reads {_CONFIG_VERSION}"
+        )
+    return settings
+
+
+@lru_cache
+def policy_class(base: type[PreTrainedModel]) -> type[Any]:
+    """The latent variant of a model class, e.g. `LatentQwen3VLForConditionalGeneration`."""
+    if "pixel_values_videos" not in inspect.signature(base.forward).parameters:
+        raise PolicyError(
+            f"{base.__name__} takes no video: its forward has no `pixel_values_videos`. Choose a model with video "
+            "input, for example Qwen3-VL, Qwen2.5-VL or Qwen3.5"
+        )
+    return type(f"Latent{base.__name__}", (LatentPolicy, base), {"__module__": __name__})
+
+
+def make_policy(
+    path: str | Path,
+    processor: ProcessorMixin | PreTrainedTokenizerBase,
+    protocol: LatentProtocol | None = None,
+    head: HeadConfig | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Load a video model and make it a latent policy.
+
+    The protocol's tokens are added to `processor`'s tokenizer if it lacks them (save the processor beside the
+    policy), the embeddings grow only if they have no spare rows, and new rows start at the mean of the old ones.
+    `kwargs` go to `from_pretrained`. Raises `PolicyError` for a model without video input.
+    """
+    protocol, head = protocol or LatentProtocol(), head or HeadConfig()
+    tokenizer = getattr(processor, "tokenizer", processor)
+    config = AutoConfig.from_pretrained(path)
+    cls = policy_class(_model_class(config, path))
+    new = [
+        t
+        for t in protocol.tokens
+        if tokenizer.convert_tokens_to_ids(t) in (None, tokenizer.unk_token_id)
+    ]
+    tokenizer.add_tokens(new, special_tokens=True)
+    placeholders = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
+    tokens = protocol.resolve(tokenizer, [p for p in placeholders if p is not None])
+    settings = {
+        "version": _CONFIG_VERSION,
+        "protocol": protocol.to_dict(),
+        "tokens": {
+            "start": tokens.start,
+            "end": tokens.end,
+            "filler": tokens.filler,
+            "banned": list(tokens.banned),
+        },
+        "head": head.to_dict(),
+    }
+    setattr(config, CONFIG_KEY, settings)
+    policy = cls.from_pretrained(path, config=config, **{"dtype": torch.float32, **kwargs})
+    if len(tokenizer) > policy.get_input_embeddings().weight.shape[0]:
+        policy.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
+    elif new:
+        _start_at_mean(policy, [tokenizer.convert_tokens_to_ids(t) for t in new])
+    return policy
+
+
+def load_policy(path: str | Path, **kwargs: Any) -> Any:
+    """Load a saved policy; `kwargs` go to `from_pretrained` (`dtype` defaults to float32)."""
+    config = AutoConfig.from_pretrained(path)
+    policy_settings(config)
+    return policy_class(_model_class(config, path)).from_pretrained(
+        path, **{"dtype": torch.float32, **kwargs}
+    )
+
+
+def _model_class(config: PretrainedConfig, path: str | Path) -> type[PreTrainedModel]:
+    try:
+        return AutoModelForImageTextToText._model_mapping[type(config)]
+    except KeyError:
+        raise PolicyError(
+            f"{path} holds a {config.model_type!r} model, which is no vision-language model. Choose a model with "
+            "video input, for example Qwen3-VL, Qwen2.5-VL or Qwen3.5"
+        ) from None
+
+
+@torch.no_grad()
+def _start_at_mean(policy: PreTrainedModel, ids: list[int]) -> None:
+    for embedding in (policy.get_input_embeddings(), policy.get_output_embeddings()):
+        weight = embedding.weight
+        weight[ids] = weight[: min(ids)].mean(0, keepdim=True).to(weight.dtype)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,143 @@
+"""The record that engines, rewards and the trainer exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from rl.errors import TrajectoryError
+from rl.policy.protocol import Imagine, Slot
+
+
+@dataclass(frozen=True)
+class MediaKey:
+    """Names one processed clip without holding a pixel."""
+
+    path: str
+    frames: tuple[int, ...]  # indices into the file, in order
+    processor: str  # fingerprint of the processor that turns frames into tensors
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One manifest row, checked.
+
+    `question` is the user's text, `answer` the reference answer and `options` the choices it was taken from (empty
+    for open answers). `frames` are the frame indices shown to the model; `imagine` lists, for each latent span that
+    SFT should teach, the frame indices it should depict. `extra` holds the other columns, for rewards.
+    """
+
+    id: str
+    video: str
+    question: str
+    answer: str
+    options: tuple[str, ...] = ()
+    frames: tuple[int, ...] = ()
+    imagine: tuple[tuple[int, ...], ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. `temperature` 0 means greedy: the likeliest token and decision, and each latent its mean.
+
+    `imagine`: "free" lets the policy open spans, "always" forces one at the start, "never" forbids them.
+    """
+
+    temperature: float = 1.0
+    max_new_tokens: int = 256
+    imagine: Imagine = "free"
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """Sample `len(seeds)` trajectories of one prompt. `media` is filled in from the sample when empty."""
+
+    sample: Sample
+    seeds: tuple[int, ...]
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One sampled completion: C tokens, among them L latents of width H.
+
+    `logprobs[t]` is the sampler's own log-probability of what was decided at position t, under its temperature and
+    bans: of the token at a TOKEN slot, of ending or continuing at a DECISION slot, 0 where it was forced.
+    `latent_logprobs[l]` is the log-density of `latents[l]` (summed over H), 0 when sampling was greedy.
+    """
+
+    sample_id: str
+    prompt_ids: np.ndarray  # int64 [P]
+    completion_ids: np.ndarray  # int64 [C]
+    decision: np.ndarray  # int8 [C], values of `Slot`
+    logprobs: np.ndarray  # float32 [C]
+    latents: torch.Tensor  # [L, H], exactly the vectors fed, in the dtype fed
+    latent_logprobs: np.ndarray  # float64 [L]
+    span_lengths: tuple[int, ...]
+    filler: int  # the id that stands at each latent
+    media: tuple[MediaKey, ...]  # in the order of the prompt
+    policy_version: int
+    finish_reason: Literal["stop", "length"]
+    sampling: Sampling
+    seed: int
+    text: str  # the completion decoded, latent markers kept, end-of-sequence dropped
+
+    def __post_init__(self) -> None:
+        where = f"trajectory of sample {self.sample_id!r}"
+        length, latents = len(self.completion_ids), self.latents.shape[0]
+        fillers = int((self.completion_ids == self.filler).sum())
+        if self.latents.ndim != 2:
+            raise TrajectoryError(
+                f"{where}: latents have shape {tuple(self.latents.shape)}, not [L, H]"
+            )
+        if not latents == fillers == sum(self.span_lengths) == len(self.latent_logprobs):
+            raise TrajectoryError(
+                f"{where}: {latents} latents, {fillers} filler tokens, span lengths that sum to "
+                f"{sum(self.span_lengths)} and {len(self.latent_logprobs)} latent log-probs; these must be equal"
+            )
+        if not length == len(self.decision) == len(self.logprobs):
+            raise TrajectoryError(
+                f"{where}: {length} tokens, {len(self.decision)} decisions, {len(self.logprobs)} log-probs; "
+                "these must be equal"
+            )
+        if len(self.prompt_ids) == 0 or length == 0:
+            raise TrajectoryError(f"{where}: the prompt or the completion is empty")
+        if self.logprobs[self.decision == Slot.FORCED].any():
+            raise TrajectoryError(
+                f"{where}: a forced position has a log-prob; forced positions carry none"
+            )
+
+    @property
+    def imagined(self) -> bool:
+        """Whether it has at least one latent."""
+        return bool(self.latents.shape[0])
+
+    def spans(self) -> list[torch.Tensor]:
+        """The latents span by span: tensors [T_j, H]."""
+        return list(self.latents.split(list(self.span_lengths))) if self.span_lengths else []
+
+
+@dataclass(frozen=True)
+class TrajectoryGroup:
+    """The G trajectories of one prompt."""
+
+    sample: Sample
+    trajectories: tuple[Trajectory, ...]
+
+    def __post_init__(self) -> None:
+        for t in self.trajectories:
+            if t.sample_id != self.sample.id:
+                raise TrajectoryError(
+                    f"group of sample {self.sample.id!r} holds a trajectory of {t.sample_id!r}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.trajectories)
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        return iter(self.trajectories)

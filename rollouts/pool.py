@@ -1,0 +1,177 @@
+"""A fleet of rollout workers on Ray, and the store of processed clips they share with the trainer."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from rl.data.media import MediaProcessor
+from rl.errors import RolloutError, SyncError
+from rl.interfaces import Media, WeightUpdate
+from rl.trajectory import MediaKey, RolloutRequest, TrajectoryGroup
+from rollouts.worker import EngineSpec, RolloutWorker, fetch
+
+
+class RayMedia:
+    """Processed clips in Ray's object store, by key. Implements `rl.interfaces.MediaSource`.
+
+    Workers decode and process; this process only holds references. The `capacity` last used clips are kept.
+    """
+
+    def __init__(self, workers: Sequence[Any], capacity: int) -> None:
+        self._workers, self._capacity = workers, capacity
+        self._refs: OrderedDict[MediaKey, ray.ObjectRef] = OrderedDict()
+        self._next = 0
+
+    def refs(self, keys: Iterable[MediaKey]) -> dict[MediaKey, ray.ObjectRef]:
+        """References to the clips of `keys`; what is missing is set to work on the workers, evenly."""
+        wanted = dict.fromkeys(keys)
+        missing = [key for key in wanted if key not in self._refs]
+        share = -(-len(missing) // len(self._workers)) if missing else 1
+        for start in range(0, len(missing), share):
+            part = missing[start : start + share]
+            worker = self._workers[self._next % len(self._workers)]
+            self._next += 1
+            made = worker.process.options(num_returns=len(part)).remote(part)
+            self._refs.update(zip(part, made if len(part) > 1 else [made], strict=True))
+        found = {}
+        for key in wanted:
+            self._refs.move_to_end(key)
+            found[key] = self._refs[key]
+        while len(self._refs) > max(self._capacity, len(wanted)):
+            self._refs.popitem(last=False)
+        return found
+
+    def get(self, key: MediaKey) -> Media:
+        return fetch(self.refs([key])[key])
+
+
+class RolloutPool:
+    """Samples on `workers` Ray actors that each hold one engine. Implements `rl.interfaces.Rollouts`.
+
+    Without `address` a Ray of this machine is started (and stopped by `close`); with one, the cluster there is joined.
+    `processor` names clips by key; the actors build their own from the policy's folder. `timeout` bounds one call to
+    one worker, in seconds; a worker that exceeds it or dies is named in a `RolloutError`, and a weight update that
+    does not arrive everywhere in a `SyncError`.
+    """
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        processor: MediaProcessor,
+        workers: int,
+        *,
+        address: str | None = None,
+        timeout: float = 600.0,
+        media_capacity: int = 4096,
+        cpus_per_worker: float = 1.0,
+        gpus_per_worker: float = 0.0,
+    ) -> None:
+        if workers < 1:
+            raise RolloutError(f"a pool needs at least 1 worker, got {workers}")
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
+            _start_ray(address, max(os.cpu_count() or 1, round(workers * cpus_per_worker)))
+        actor = ray.remote(RolloutWorker).options(
+            num_cpus=cpus_per_worker, num_gpus=gpus_per_worker
+        )
+        self._workers = [actor.remote(spec) for _ in range(workers)]
+        self._timeout = timeout
+        self._processor = processor
+        self.media = RayMedia(self._workers, media_capacity)
+        self._gather([w.health.remote() for w in self._workers], "start")
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[TrajectoryGroup]:
+        """Sample every request; groups come back in the order of the requests."""
+        keys = [self._processor.key(request.sample) for request in requests]
+        refs = self.media.refs(keys)
+        calls = []
+        for worker, part in zip(self._workers, _split(requests, len(self._workers)), strict=True):
+            mine = {key: refs[key] for key in keys[part]}
+            calls.append(worker.generate.remote(requests[part], mine))
+        return [group for groups in self._gather(calls, "sample") for group in groups]
+
+    def update_weights(self, update: WeightUpdate) -> int:
+        """Bring every worker to `update.version`; returns it. Raises `SyncError` that names who did not follow."""
+        holder = [ray.put(update)]
+        calls = [w.update_weights.remote(holder) for w in self._workers]
+        done, _ = ray.wait(calls, num_returns=len(calls), timeout=self._timeout)
+        if late := [i for i, call in enumerate(calls) if call not in done]:
+            raise SyncError(
+                f"workers {late} did not take weights of version {update.version} within {self._timeout:.0f} s; look "
+                "for them in Ray's logs, or raise rollouts.timeout_s"
+            )
+        versions = self._gather(calls, "update the weights")
+        if wrong := [i for i, version in enumerate(versions) if version != update.version]:
+            raise SyncError(
+                f"workers {wrong} report other versions than {update.version}: {versions}"
+            )
+        return update.version
+
+    def health(self) -> dict[str, Any]:
+        """What each worker says of itself, by its number."""
+        reports = self._gather([w.health.remote() for w in self._workers], "report")
+        return {"workers": dict(enumerate(reports)), "clips": len(self.media._refs)}
+
+    def close(self) -> None:
+        """Stop the workers, and Ray if this pool started it."""
+        for worker in self._workers:
+            ray.kill(worker)
+        self._workers.clear()
+        if self._owns_ray:
+            ray.shutdown()
+
+    def __enter__(self) -> RolloutPool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _gather(self, calls: Sequence[Any], deed: str) -> list[Any]:
+        results = []
+        for number, call in enumerate(calls):
+            try:
+                results.append(fetch(call, timeout=self._timeout))
+            except GetTimeoutError:
+                raise RolloutError(
+                    f"worker {number} did not {deed} within {self._timeout:.0f} s; look for it in Ray's logs, or "
+                    "raise rollouts.timeout_s"
+                ) from None
+            except RayActorError as error:
+                raise RolloutError(
+                    f"worker {number} died when it should {deed}: {error}"
+                ) from error
+        return results
+
+
+def _split(requests: Sequence[RolloutRequest], parts: int) -> list[slice]:
+    """Contiguous slices with about the same number of trajectories each."""
+    total = sum(len(r.seeds) for r in requests)
+    cuts, seen = [0], 0
+    for i, request in enumerate(requests):
+        seen += len(request.seeds)
+        while len(cuts) < parts and seen * parts >= total * len(cuts):
+            cuts.append(i + 1)
+    cuts += [len(requests)] * (parts + 1 - len(cuts))
+    return [slice(a, b) for a, b in pairwise(cuts)]
+
+
+def _start_ray(address: str | None, cpus: int) -> None:
+    if address is not None:
+        ray.init(address=address, logging_level="warning")
+        return
+    ray.init(
+        num_cpus=cpus, include_dashboard=False, logging_level="warning", configure_logging=True
+    )

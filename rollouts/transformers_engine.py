@@ -1,0 +1,334 @@
+"""The transformers engine: batched sampling of latent trajectories with a KV cache.
+
+Prompts are prefilled once per group and their cache is shared out to the group's samples; finished samples leave the
+batch at once. All randomness is a function of the trajectory's seed and the position, so a trajectory does not depend
+on what it was batched with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from rl.data.media import MediaProcessor
+from rl.errors import RolloutError
+from rl.interfaces import Media, MediaSource, WeightUpdate
+from rl.policy.density import log_density, sample_latents
+from rl.policy.model import LatentPolicy
+from rl.policy.noise import Stream, uniform
+from rl.policy.protocol import SLOT_OF_STEP, Slot, SpanState, Step
+from rl.policy.scores import end_logprobs, text_logits
+from rl.scoring import media_types
+from rl.trajectory import RolloutRequest, Sampling, Trajectory, TrajectoryGroup
+from rl.weights import state_checksum
+
+
+@dataclass
+class _Row:
+    """One trajectory while it is being sampled."""
+
+    request: int
+    seed: int
+    sampling: Sampling
+    state: SpanState = SpanState()
+    ids: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    latents: list[torch.Tensor] = field(default_factory=list)
+    latent_logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class TransformersEngine:
+    """Samples from a `LatentPolicy` with transformers. Implements `rl.interfaces.Engine`.
+
+    `max_batch_size` bounds the trajectories sampled side by side. Clips come from `media`, prompts are encoded by
+    `processor`; both are what the trainer uses, so tokens and pixels agree.
+    """
+
+    def __init__(
+        self,
+        policy: LatentPolicy,
+        processor: MediaProcessor,
+        media: MediaSource,
+        *,
+        max_batch_size: int = 64,
+        device: torch.device | str = "cpu",
+        version: int = 0,
+    ) -> None:
+        self.policy = policy.to(device).eval()
+        self.processor, self.media = processor, media
+        self.max_batch_size, self.device, self.version = (
+            max_batch_size,
+            torch.device(device),
+            version,
+        )
+        tokenizer = processor.tokenizer
+        eos = policy.generation_config.eos_token_id
+        eos = eos if isinstance(eos, list) else [eos]
+        self._eos = {i for i in (*eos, tokenizer.eos_token_id) if i is not None}
+        if not self._eos:
+            raise RolloutError(
+                "neither the policy nor its tokenizer names an end-of-sequence token"
+            )
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._eos)
+        self._counts: Counter[str] = Counter()
+        self._busy = 0.0
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[TrajectoryGroup]:
+        """Sample every request; groups come back in the order of the requests."""
+        started = time.perf_counter()
+        clips = [[self.media.get(self.processor.key(r.sample))] for r in requests]
+        groups: list[TrajectoryGroup] = []
+        first = 0
+        while first < len(requests):
+            last, size = first + 1, len(requests[first].seeds)
+            while last < len(requests) and size + len(requests[last].seeds) <= self.max_batch_size:
+                size, last = size + len(requests[last].seeds), last + 1
+            groups += self._generate_batch(requests[first:last], clips[first:last])
+            first = last
+        self._busy += time.perf_counter() - started
+        return groups
+
+    def update_weights(self, update: WeightUpdate) -> int:
+        """Load the parameters of `update` in place and take its version."""
+        found = state_checksum(update.state)
+        if found != update.checksum:
+            raise RolloutError(
+                f"weights of version {update.version} arrived damaged: checksum {found}, expected "
+                f"{update.checksum}"
+            )
+        own = self.policy.state_dict()
+        if unknown := update.state.keys() - own.keys():
+            raise RolloutError(
+                f"weights of version {update.version} name parameters this policy lacks: "
+                f"{sorted(unknown)[:5]}"
+            )
+        for name, value in update.state.items():
+            own[name].copy_(value)
+        self.version = update.version
+        return self.version
+
+    def health(self) -> dict[str, Any]:
+        """Version, totals since the start, and tokens and latents per second of busy time."""
+        seconds = max(self._busy, 1e-9)
+        return {
+            "engine": "transformers",
+            "version": self.version,
+            "trajectories": self._counts["trajectories"],
+            "tokens": self._counts["tokens"],
+            "latents": self._counts["latents"],
+            "tokens_per_second": self._counts["tokens"] / seconds,
+            "latents_per_second": self._counts["latents"] / seconds,
+        }
+
+    @torch.no_grad()
+    def _generate_batch(
+        self, requests: Sequence[RolloutRequest], clips: Sequence[Sequence[Media]]
+    ) -> list[TrajectoryGroup]:
+        prompts = [
+            self.processor.encode(r.sample, c).input_ids
+            for r, c in zip(requests, clips, strict=True)
+        ]
+        rows = [_Row(i, seed, r.sampling) for i, r in enumerate(requests) for seed in r.seeds]
+        inputs = self._prompt_batch(prompts, clips)
+        positions, next_position = self.policy.position_ids(inputs)
+        out = self.policy.hidden_states(**inputs, position_ids=positions, use_cache=True)
+        cache, mask = out.past_key_values, inputs["attention_mask"]
+        # Share each prompt's cache out to the samples of its group.
+        owner = torch.tensor([row.request for row in rows], device=self.device)
+        cache.reorder_cache(owner)
+        hidden, mask, next_position = (
+            out.last_hidden_state[owner, -1],
+            mask[owner],
+            next_position[owner],
+        )
+
+        alive = rows
+        while True:
+            ids, latents = self._decide(alive, hidden)
+            left = [i for i, row in enumerate(alive) if row.finish_reason is None]
+            if not left:
+                break
+            if len(left) < len(alive):
+                keep = torch.tensor(left, device=self.device)
+                latents = latents[self._fed(ids).nonzero()[:, 0].unsqueeze(1).eq(keep).any(1)]
+                cache.reorder_cache(keep)
+                ids, mask, next_position = ids[keep], mask[keep], next_position[keep]
+                alive = [alive[i] for i in left]
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+            hidden = self.policy.hidden_states(
+                input_ids=ids[:, None],
+                latents=latents,
+                attention_mask=mask,
+                position_ids=next_position.expand(3, -1)[..., None],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+            next_position = next_position + 1
+        return self._groups(requests, rows, prompts)
+
+    def _prompt_batch(
+        self, prompts: Sequence[np.ndarray], clips: Sequence[Sequence[Media]]
+    ) -> dict[str, torch.Tensor]:
+        width = max(len(p) for p in prompts)
+        ids = torch.full((len(prompts), width), self._pad)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        tensors = [clip.inputs for group in clips for clip in group]
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "mm_token_type_ids": media_types(ids, self.policy.config),
+            **{
+                name: torch.cat([t[name] for t in tensors])
+                for name in (tensors[0] if tensors else {})
+            },
+        }
+        if "pixel_values_videos" in batch:
+            batch["pixel_values_videos"] = batch["pixel_values_videos"].to(self.policy.dtype)
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def _fed(self, ids: torch.Tensor) -> torch.Tensor:
+        return ids == self.policy.latent_tokens.filler
+
+    def _decide(self, rows: list[_Row], hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose what stands next in each row, and record it. Returns ids [N] and the latents to feed [F, H]."""
+        protocol, tokens = self.policy.protocol, self.policy.latent_tokens
+        steps = [protocol.next_step(row.state, row.sampling.imagine) for row in rows]
+        seeds = torch.tensor([row.seed for row in rows], device=self.device)
+        places = torch.tensor([row.state.position for row in rows], device=self.device)
+        heat = torch.tensor([row.sampling.temperature for row in rows], device=self.device)
+        ids = torch.tensor(
+            [
+                tokens.start if s is Step.START else tokens.end if s is Step.END else tokens.filler
+                for s in steps
+            ],
+            device=self.device,
+        )
+        logprobs = torch.zeros(len(rows), device=self.device)
+
+        free = [i for i, s in enumerate(steps) if SLOT_OF_STEP[s] != Slot.FORCED]
+        if free:
+            logits = self.policy.get_output_embeddings()(hidden[free]).float()
+            # Greedy choices are reported at temperature 1: the greedy distribution itself is a point.
+            logits = logits / torch.where(heat[free] > 0, heat[free], 1.0)[:, None]
+            text = [k for k, i in enumerate(free) if SLOT_OF_STEP[steps[i]] == Slot.TOKEN]
+            if text:
+                at = [free[k] for k in text]
+                may_start = torch.tensor([steps[i] is Step.TOKEN for i in at], device=self.device)
+                logp = torch.log_softmax(text_logits(logits[text], may_start, tokens), -1)
+                drawn = _draw(logp, uniform(seeds[at], Stream.TOKEN, places[at]))
+                ids[at] = torch.where(heat[at] > 0, drawn, logp.argmax(-1))
+                logprobs[at] = logp.gather(1, ids[at][:, None])[:, 0]
+            decide = [k for k, i in enumerate(free) if steps[i] is Step.DECIDE]
+            if decide:
+                at = [free[k] for k in decide]
+                end, more = end_logprobs(logits[decide], tokens)
+                u = uniform(seeds[at], Stream.DECISION, places[at])
+                ends = torch.where(heat[at] > 0, u < end.exp(), end >= more)
+                ids[at] = torch.where(ends, tokens.end, tokens.filler)
+                logprobs[at] = torch.where(ends, end, more)
+
+        fed = self._fed(ids).nonzero()[:, 0]
+        latents = hidden[:0]
+        if len(fed):
+            latents, densities = self._draw_latents(
+                [rows[i] for i in fed.tolist()], hidden[fed], heat[fed]
+            )
+            for i, latent, density in zip(fed.tolist(), latents, densities, strict=True):
+                rows[i].latents.append(latent)
+                rows[i].latent_logprobs.append(density)
+        for row, step, token, logprob in zip(
+            rows, steps, ids.tolist(), logprobs.tolist(), strict=True
+        ):
+            row.ids.append(token)
+            row.slots.append(SLOT_OF_STEP[step])
+            row.logprobs.append(logprob)
+            row.state = protocol.advance(row.state, token, tokens, row.sampling.imagine)
+            if token in self._eos:
+                row.finish_reason = "stop"
+            elif len(row.ids) >= row.sampling.max_new_tokens:
+                row.finish_reason = "length"
+        return ids, latents
+
+    def _draw_latents(
+        self, rows: list[_Row], hidden: torch.Tensor, heat: torch.Tensor
+    ) -> tuple[torch.Tensor, list[float]]:
+        """Latents [F, H] in the dtype they are fed in, and their log-densities (0 where greedy)."""
+        protocol = self.policy.protocol
+        mean = self.policy.latent_head(hidden)
+        noisy = heat > 0
+        if protocol.noise_scale == 0.0 or not bool(noisy.any()):
+            return mean, [0.0] * len(rows)
+        seeds = torch.tensor([row.seed for row in rows], device=self.device)
+        ordinals = torch.tensor([len(row.latents) for row in rows], device=self.device)
+        drawn = sample_latents(mean, protocol.noise_scale, protocol.density, seeds, ordinals)
+        latents = torch.where(noisy[:, None], drawn, mean)
+        density = log_density(latents, mean, protocol.noise_scale, protocol.density)
+        return latents, torch.where(noisy, density, 0.0).tolist()
+
+    def _groups(
+        self,
+        requests: Sequence[RolloutRequest],
+        rows: Sequence[_Row],
+        prompts: Sequence[np.ndarray],
+    ) -> list[TrajectoryGroup]:
+        members: list[list[Trajectory]] = [[] for _ in requests]
+        for row in rows:
+            request = requests[row.request]
+            members[row.request].append(self._trajectory(request, row, prompts[row.request]))
+            self._counts["trajectories"] += 1
+            self._counts["tokens"] += len(row.ids)
+            self._counts["latents"] += len(row.latents)
+        return [
+            TrajectoryGroup(request.sample, tuple(group))
+            for request, group in zip(requests, members, strict=True)
+        ]
+
+    def _trajectory(self, request: RolloutRequest, row: _Row, prompt: np.ndarray) -> Trajectory:
+        policy = self.policy
+        width = policy.config.get_text_config().hidden_size
+        latents = (
+            torch.stack(row.latents).cpu()
+            if row.latents
+            else torch.zeros(0, width, dtype=policy.dtype)
+        )
+        ids = np.array(row.ids, dtype=np.int64)
+        text = ids[:-1] if row.finish_reason == "stop" else ids
+        return Trajectory(
+            sample_id=request.sample.id,
+            prompt_ids=np.asarray(prompt, dtype=np.int64),
+            completion_ids=ids,
+            decision=np.array(row.slots, dtype=np.int8),
+            logprobs=np.array(row.logprobs, dtype=np.float32),
+            latents=latents,
+            latent_logprobs=np.array(row.latent_logprobs, dtype=np.float64),
+            span_lengths=policy.protocol.trace(
+                ids, policy.latent_tokens, row.sampling.imagine
+            ).span_lengths,
+            filler=policy.latent_tokens.filler,
+            media=(self.processor.key(request.sample),),
+            policy_version=self.version,
+            finish_reason="stop" if row.finish_reason == "stop" else "length",
+            sampling=row.sampling,
+            seed=row.seed,
+            text=self.processor.tokenizer.decode(text, skip_special_tokens=False),
+        )
+
+
+def _draw(logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Inverse-CDF draw of one token a row: log-probs [N, V], uniforms [N] -> ids [N]."""
+    cdf = logp.double().exp().cumsum(-1)
+    # Scaling by the last entry keeps rounding from pushing u past the end, onto a banned token.
+    drawn = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
+    last = (logp > -torch.inf).long().cumsum(-1).argmax(-1)
+    return torch.minimum(drawn, last)

@@ -1,0 +1,99 @@
+"""A rollout worker: the Ray actor that holds one engine, and what it needs to build it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from rl.interfaces import Engine, Media, WeightUpdate
+from rl.trajectory import MediaKey, RolloutRequest, TrajectoryGroup
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """How to build an engine. `policy` is a folder that every worker can read.
+
+    `threads` are torch's threads in one worker: a tiny model decodes fastest with one.
+    """
+
+    policy: str
+    dtype: str = "float32"
+    device: str = "cpu"
+    max_batch_size: int = 64
+    default_frames: int = 8
+    system_prompt: str | None = None
+    threads: int = 1
+
+
+class RefMedia:
+    """A `MediaSource` over object references: clips stay in Ray's store until they are needed."""
+
+    def __init__(self) -> None:
+        self._refs: dict[MediaKey, ray.ObjectRef] = {}
+
+    def offer(self, refs: Mapping[MediaKey, ray.ObjectRef]) -> None:
+        """Make exactly these clips available."""
+        self._refs = dict(refs)
+
+    def get(self, key: MediaKey) -> Media:
+        return fetch(self._refs[key])
+
+
+class RolloutWorker:
+    """Runs in a Ray actor. One call at a time, in the order of submission."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        import torch
+        from transformers import AutoProcessor
+
+        from rl.data.media import MediaProcessor
+        from rl.policy.model import load_policy
+        from rollouts.transformers_engine import TransformersEngine
+
+        torch.set_num_threads(spec.threads)
+        processor = AutoProcessor.from_pretrained(spec.policy)
+        self._processor = MediaProcessor(
+            processor, default_frames=spec.default_frames, system_prompt=spec.system_prompt
+        )
+        self._media = RefMedia()
+        self._engine: Engine = TransformersEngine(
+            load_policy(spec.policy, dtype=getattr(torch, spec.dtype)),
+            self._processor,
+            self._media,
+            max_batch_size=spec.max_batch_size,
+            device=spec.device,
+        )
+
+    def process(self, keys: Sequence[MediaKey]) -> Any:
+        """Decode and process clips: one result a key (alone if there is one, as Ray wants it)."""
+        clips = [self._processor.process(key) for key in keys]
+        return clips[0] if len(clips) == 1 else clips
+
+    def generate(
+        self, requests: Sequence[RolloutRequest], refs: Mapping[MediaKey, ray.ObjectRef]
+    ) -> list[TrajectoryGroup]:
+        self._media.offer(refs)
+        return self._engine.generate(requests)
+
+    def update_weights(self, holder: Sequence[ray.ObjectRef]) -> int:
+        """`holder` wraps the reference of a `WeightUpdate`, so that Ray does not resolve it early."""
+        update: WeightUpdate = fetch(holder[0])
+        return self._engine.update_weights(update)
+
+    def health(self) -> dict[str, Any]:
+        return self._engine.health()
+
+
+def fetch(ref: Any, timeout: float | None = None) -> Any:
+    """`ray.get`, with the error a task raised coming back as itself, not wrapped in Ray's."""
+    try:
+        return ray.get(ref, timeout=timeout)
+    except RayTaskError as error:
+        cause: BaseException = error
+        while isinstance(cause, RayTaskError) and cause.cause is not None:
+            cause = cause.cause
+        raise cause from None
