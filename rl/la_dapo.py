@@ -17,7 +17,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,13 +24,20 @@ import torch
 from accelerate.utils import gather, is_peft_model
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rl.checkpoints import CompleteCheckpoints, read_state
 from rl.errors import ObjectiveError, PolicyError
-from rl.interfaces import Rollouts, Scorer
-from rl.objective import Reduction, has_contrast, judge_group, latent_surrogate, reduce_width
+from rl.interfaces import GroupScores, Rollouts, Scorer
+from rl.la_dapo_config import LADAPOConfig
+from rl.objective import (
+    fill_missing,
+    has_contrast,
+    judge_group,
+    latent_surrogate,
+    reduce_width,
+)
 from rl.policy.density import latent_kl
 from rl.policy.model import LatentPolicy
 from rl.policy.protocol import Slot
@@ -54,86 +60,6 @@ TRL_MEMBERS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-@dataclass
-class LADAPOConfig(GRPOConfig):
-    """TRL's `GRPOConfig` plus the latent term, the group filter and the replay check.
-
-    Of TRL's own arguments `epsilon_high` defaults to DAPO's 0.28 here; `temperature` is the sampler's as well.
-    """
-
-    epsilon_high: float | None = field(
-        default=0.28, metadata={"help": "Upper clip of the token ratio (DAPO's clip-higher)."}
-    )
-    latent_alpha: float = field(
-        default=0.5, metadata={"help": "α, weight of the latent term. Needs a policy with noise."}
-    )
-    latent_epsilon: float = field(default=0.1, metadata={"help": "Lower clip of the latent ratio."})
-    latent_epsilon_high: float | None = field(
-        default=None,
-        metadata={"help": "Upper clip of the latent ratio; None: the same as the lower."},
-    )
-    latent_reduction: Reduction = field(
-        default="sqrt_dim",
-        metadata={
-            "help": "How log-densities over the hidden width enter the ratio: sum, sqrt_dim or mean."
-        },
-    )
-    latent_beta: float = field(
-        default=0.0, metadata={"help": "β_z, weight of the latents' KL to the reference policy."}
-    )
-    filter_low: float = field(
-        default=0.0,
-        metadata={"help": "Train on groups whose accuracy is above this (DAPO 0, Future-L1 0.1)."},
-    )
-    filter_high: float = field(
-        default=1.0,
-        metadata={"help": "Train on groups whose accuracy is below this (DAPO 1, Future-L1 0.9)."},
-    )
-    max_refills: int = field(
-        default=0,
-        metadata={
-            "help": "How many more times to sample new prompts in the place of dropped groups."
-        },
-    )
-    gate_shaping: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether shaped rewards give no gradient to groups that are all right or all wrong."
-        },
-    )
-    max_mismatch: float | None = field(
-        default=None,
-        metadata={
-            "help": "Stop when a fresh trajectory's replayed log-prob differs by more than this."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.0 <= self.filter_low < self.filter_high <= 1.0:
-            raise ObjectiveError(
-                f"need 0 <= filter_low < filter_high <= 1, got {self.filter_low} and {self.filter_high}"
-            )
-        if self.max_refills < 0:
-            raise ObjectiveError(f"max_refills is {self.max_refills}; it must be >= 0")
-        if self.temperature <= 0:
-            raise ObjectiveError(
-                "temperature must be above 0: a greedy policy has no log-probs to learn from"
-            )
-        for name, inert in (("top_p", 1.0), ("top_k", 0), ("min_p", None)):
-            if getattr(self, name) not in (inert, None):
-                raise ObjectiveError(
-                    f"{name}={getattr(self, name)} is not supported: replay scores the whole distribution, and "
-                    f"truncated sampling would bias the ratio. Leave {name} at its default"
-                )
-        for name in ("use_vllm", "use_transformers_continuous_batching"):
-            if getattr(self, name, False):
-                raise ObjectiveError(
-                    f"{name} is TRL's own generation; rollouts come from the pool instead"
-                )
-        reduce_width(torch.zeros(1), 1, self.latent_reduction)
-
-
 class LADAPOTrainer(GRPOTrainer):
     """Trains a `LatentPolicy` on trajectories sampled by `rollouts` and scored by `scorer`.
 
@@ -141,6 +67,12 @@ class LADAPOTrainer(GRPOTrainer):
     `peft_config` the adapters are trained and the latent head is saved whole. Raises `ObjectiveError` when the latent
     term is asked for and the policy has no noise.
     """
+
+    args: LADAPOConfig  # narrower than TRL's
+    model: Any
+    num_generations: int
+    num_generations_eval: int
+    max_completion_length: int
 
     _tag_names = ("trl", "la-dapo", "foresight")
     _name = "LA-DAPO"
@@ -186,7 +118,7 @@ class LADAPOTrainer(GRPOTrainer):
             processing_class=processing_class,
             peft_config=peft_config,
             callbacks=[CompleteCheckpoints(self._resume_state), *callbacks],
-            rollout_func=_hand_over,
+            rollout_func=_hand_over,  # type: ignore[arg-type]
             **kwargs,
         )
         args.beta = self.beta = beta
@@ -204,6 +136,10 @@ class LADAPOTrainer(GRPOTrainer):
         if self.is_fsdp_enabled:
             return prepare_fsdp(reference, self.accelerator)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    @property
+    def _pad_id(self) -> int:
+        return int(self._tokenizer.pad_token_id)  # type: ignore[arg-type]
 
     @property
     def policy(self) -> LatentPolicy:
@@ -288,14 +224,7 @@ class LADAPOTrainer(GRPOTrainer):
         )
         groups = [group for group, _, _ in collected]
         scores = self.scorer.score(groups, [outcome for _, outcome, _ in collected])
-        self._rewards = torch.tensor(
-            [
-                [s.components[name][g] for name in self.scorer.names]
-                for s in scores
-                for g in range(size)
-            ],
-            dtype=torch.float32,
-        )
+        self._rewards = _reward_table(self.scorer.names, scores)
         self._handed = [(group, keep) for group, _, keep in collected]
         trajectories = [t for group in groups for t in group]
         rows = [_row(t.sample) for t in groups for _ in range(size)]
@@ -313,7 +242,7 @@ class LADAPOTrainer(GRPOTrainer):
             )
         trained = (out["completion_mask"] * out["tool_mask"]).any(dim=1).tolist()
         latents = sum(len(t.latents) for t, on in zip(trajectories, trained, strict=True) if on)
-        out["num_latents_in_batch"] = gather(
+        out["num_latents_in_batch"] = _gather(
             torch.tensor(float(latents), device=self.accelerator.device)
         ).sum()
         out["trajectories"] = trajectories
@@ -328,7 +257,7 @@ class LADAPOTrainer(GRPOTrainer):
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> torch.Tensor:
         assert self._rewards is not None
-        return gather(self._rewards.to(self.accelerator.device))
+        return _gather(self._rewards.to(self.accelerator.device))
 
     def _log_rollouts(self, trajectories: Sequence[Trajectory], mode: str) -> None:
         metrics = self._metrics[mode]
@@ -384,7 +313,7 @@ class LADAPOTrainer(GRPOTrainer):
                 trajectories[start : start + batch_size],
                 self.policy,
                 self.rollouts.media,
-                pad_id=self._tokenizer.pad_token_id,
+                pad_id=self._pad_id,
             ).to(self.accelerator.device)
             with self.accelerator.autocast():
                 replays.append(replay(model, batch, self.policy))
@@ -470,7 +399,7 @@ class LADAPOTrainer(GRPOTrainer):
         return loss
 
     def _mean(self, value: torch.Tensor) -> float:
-        return self.accelerator.gather(value.detach().float()).mean().item()
+        return _gather(value.detach().float()).mean().item()
 
     @torch.no_grad()
     def _check_mismatch(self, replayed: Replay, inputs: dict[str, Any]) -> None:
@@ -541,6 +470,24 @@ def _check(model: Any, args: LADAPOConfig) -> None:
             "zero and its KL is undefined. Set the protocol's noise_scale above 0 (0.1 is a start), or set "
             "latent_alpha and latent_beta to 0"
         )
+
+
+def _reward_table(names: Sequence[str], scores: Sequence[GroupScores]) -> torch.Tensor:
+    """Rewards [N, F] as TRL sums them: NaN rows for invalid outcomes, other missing values neutral."""
+    groups = []
+    for score in scores:
+        table_GF = torch.tensor([score.components[name] for name in names]).T
+        filled_GF = torch.stack([fill_missing(column) for column in table_GF.T], dim=1)
+        groups.append(
+            filled_GF.masked_fill(torch.tensor(score.outcome).isnan()[:, None], torch.nan)
+        )
+    return torch.cat(groups)
+
+
+def _gather(value: torch.Tensor) -> torch.Tensor:
+    """The tensors of all processes, one after the other."""
+    gathered: Any = gather(value)
+    return gathered
 
 
 def _dataset(samples: Sequence[Sample]) -> Dataset:

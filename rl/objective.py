@@ -97,3 +97,12 @@ def has_contrast(outcome_G: Sequence[float]) -> bool:
     """Whether a group holds both right and wrong trajectories."""
     valid = {v for v in outcome_G if not math.isnan(v)}
     return len(valid) > 1
+
+
+def fill_missing(value_G: torch.Tensor) -> torch.Tensor:
+    """A reward's values in one group with each "no value" (NaN) put at the mean of the others.
+
+    There it moves neither the group's mean nor anyone's advantage; counted as 0, as a sum that skips it would, it
+    would be a verdict. Without any value the result stays NaN.
+    """
+    return torch.where(value_G.isnan(), value_G.nanmean(), value_G)

@@ -19,7 +19,7 @@ def state_checksum(state: dict[str, torch.Tensor]) -> str:
     for name in sorted(state):
         value = state[name].detach().contiguous().cpu()
         digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
-        digest.update(value.view(-1).view(torch.uint8).numpy())
+        digest.update(value.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

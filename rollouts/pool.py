@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -82,7 +83,7 @@ class RolloutPool:
         actor = ray.remote(RolloutWorker).options(
             num_cpus=cpus_per_worker, num_gpus=gpus_per_worker
         )
-        self._workers = [actor.remote(spec) for _ in range(workers)]
+        self._workers: list[Any] = [actor.remote(spec) for _ in range(workers)]
         self._timeout = timeout
         self._processor = processor
         self.media = RayMedia(self._workers, media_capacity)
@@ -170,8 +171,6 @@ def _split(requests: Sequence[RolloutRequest], parts: int) -> list[slice]:
 
 def _start_ray(address: str | None, cpus: int) -> None:
     if address is not None:
-        ray.init(address=address, logging_level="warning")
+        ray.init(address=address, logging_level=logging.WARNING)
         return
-    ray.init(
-        num_cpus=cpus, include_dashboard=False, logging_level="warning", configure_logging=True
-    )
+    ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)

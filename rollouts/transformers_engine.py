@@ -20,10 +20,9 @@ from rl.data.media import MediaProcessor
 from rl.errors import RolloutError
 from rl.interfaces import Media, MediaSource, WeightUpdate
 from rl.policy.density import log_density, sample_latents
-from rl.policy.model import LatentPolicy
 from rl.policy.noise import Stream, uniform
 from rl.policy.protocol import SLOT_OF_STEP, Slot, SpanState, Step
-from rl.policy.scores import end_logprobs, text_logits
+from rl.policy.scores import end_logprobs, full_logits, text_logits
 from rl.scoring import media_types
 from rl.trajectory import RolloutRequest, Sampling, Trajectory, TrajectoryGroup
 from rl.weights import state_checksum
@@ -54,7 +53,7 @@ class TransformersEngine:
 
     def __init__(
         self,
-        policy: LatentPolicy,
+        policy: Any,
         processor: MediaProcessor,
         media: MediaSource,
         *,
@@ -62,7 +61,7 @@ class TransformersEngine:
         device: torch.device | str = "cpu",
         version: int = 0,
     ) -> None:
-        self.policy = policy.to(device).eval()
+        self.policy: Any = policy.to(device).eval()
         self.processor, self.media = processor, media
         self.max_batch_size, self.device, self.version = (
             max_batch_size,
@@ -218,7 +217,7 @@ class TransformersEngine:
 
         free = [i for i, s in enumerate(steps) if SLOT_OF_STEP[s] != Slot.FORCED]
         if free:
-            logits = self.policy.get_output_embeddings()(hidden[free]).float()
+            logits = full_logits(self.policy.get_output_embeddings(), hidden[free])
             # Greedy choices are reported at temperature 1: the greedy distribution itself is a point.
             logits = logits / torch.where(heat[free] > 0, heat[free], 1.0)[:, None]
             text = [k for k, i in enumerate(free) if SLOT_OF_STEP[steps[i]] == Slot.TOKEN]

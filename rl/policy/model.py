@@ -23,6 +23,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.utils import logging
 
 from rl.errors import PolicyError, TrajectoryError
 from rl.policy.heads import HeadConfig
@@ -79,11 +84,12 @@ class LatentPolicy(_Base):
 
     def score(self, hidden: torch.Tensor, slots: ScoreSlots) -> Scores:
         """Log-probs, entropies and latent means at `slots`, from hidden states [B, T, H]."""
+        lm_head: Any = self.get_output_embeddings()
         return score_slots(
             hidden,
             slots,
             tokens=self.latent_tokens,
-            lm_head=self.get_output_embeddings(),
+            lm_head=lm_head,
             head=self.latent_head,
         )
 
@@ -123,10 +129,9 @@ class LatentPolicy(_Base):
         """Positions of a (left-padded) prompt batch [3, B, P], and each row's next position [B]."""
         mask = inputs["attention_mask"]
         if "video_grid_thw" in inputs or "image_grid_thw" in inputs:
-            accepted = inspect.signature(self.base_model.get_rope_index).parameters
-            positions, _ = self.base_model.get_rope_index(
-                **{k: v for k, v in inputs.items() if k in accepted}
-            )
+            rope_index: Any = self.base_model.get_rope_index
+            accepted = inspect.signature(rope_index).parameters
+            positions, _ = rope_index(**{k: v for k, v in inputs.items() if k in accepted})
         else:
             positions = (mask.cumsum(-1) - 1).clamp_min(0).expand(3, -1, -1)
         return positions, positions.masked_fill(mask == 0, 0).amax(dim=(0, 2)) + 1
@@ -162,7 +167,14 @@ def policy_class(base: type[PreTrainedModel]) -> type[Any]:
             f"{base.__name__} takes no video: its forward has no `pixel_values_videos`. Choose a model with video "
             "input, for example Qwen3-VL, Qwen2.5-VL or Qwen3.5"
         )
-    return type(f"Latent{base.__name__}", (LatentPolicy, base), {"__module__": __name__})
+    name = f"Latent{base.__name__}"
+    # transformers renames parameters between files and modules by class name, for its own classes only.
+    renaming = get_checkpoint_conversion_mapping(
+        base.__name__
+    ) or get_checkpoint_conversion_mapping(base.config_class.model_type)
+    if renaming is not None:
+        register_checkpoint_conversion_mapping(name, renaming, overwrite=True)
+    return type(name, (LatentPolicy, base), {"__module__": __name__})
 
 
 def make_policy(
@@ -179,7 +191,7 @@ def make_policy(
     `kwargs` go to `from_pretrained`. Raises `PolicyError` for a model without video input.
     """
     protocol, head = protocol or LatentProtocol(), head or HeadConfig()
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer: Any = getattr(processor, "tokenizer", processor)
     config = AutoConfig.from_pretrained(path)
     cls = policy_class(_model_class(config, path))
     new = [
@@ -202,10 +214,10 @@ def make_policy(
         "head": head.to_dict(),
     }
     setattr(config, CONFIG_KEY, settings)
-    policy = cls.from_pretrained(path, config=config, **{"dtype": torch.float32, **kwargs})
+    policy = _load(cls, path, config=config, new_head=True, **kwargs)
     if len(tokenizer) > policy.get_input_embeddings().weight.shape[0]:
-        policy.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
-    elif new:
+        policy.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8, mean_resizing=False)
+    if new:
         _start_at_mean(policy, [tokenizer.convert_tokens_to_ids(t) for t in new])
     return policy
 
@@ -214,14 +226,36 @@ def load_policy(path: str | Path, **kwargs: Any) -> Any:
     """Load a saved policy; `kwargs` go to `from_pretrained` (`dtype` defaults to float32)."""
     config = AutoConfig.from_pretrained(path)
     policy_settings(config)
-    return policy_class(_model_class(config, path)).from_pretrained(
-        path, **{"dtype": torch.float32, **kwargs}
-    )
+    return _load(policy_class(_model_class(config, path)), path, **kwargs)
+
+
+def _load(cls: type[Any], path: str | Path, *, new_head: bool = False, **kwargs: Any) -> Any:
+    """`from_pretrained` that insists on every weight; with `new_head` all but the latent head's."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of missing weights is an error or expected, see below
+    try:
+        policy, info = cls.from_pretrained(
+            path,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with the others
+            **{"dtype": torch.float32, **kwargs},
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = {k for k in info["missing_keys"] if not (new_head and k.startswith("latent_head."))}
+    wrong = sorted(missing | set(info["unexpected_keys"]) | {m[0] for m in info["mismatched_keys"]})
+    if wrong:
+        raise PolicyError(
+            f"the weights in {path} are not those of its config.json: {len(wrong)} parameters are "
+            f"missing, unexpected or of another shape, such as {wrong[:3]}"
+        )
+    return policy
 
 
 def _model_class(config: PretrainedConfig, path: str | Path) -> type[PreTrainedModel]:
     try:
-        return AutoModelForImageTextToText._model_mapping[type(config)]
+        mapping: Any = AutoModelForImageTextToText._model_mapping
+        return mapping[type(config)]
     except KeyError:
         raise PolicyError(
             f"{path} holds a {config.model_type!r} model, which is no vision-language model. Choose a model with "
@@ -230,7 +264,7 @@ def _model_class(config: PretrainedConfig, path: str | Path) -> type[PreTrainedM
 
 
 @torch.no_grad()
-def _start_at_mean(policy: PreTrainedModel, ids: list[int]) -> None:
+def _start_at_mean(policy: Any, ids: list[int]) -> None:
     for embedding in (policy.get_input_embeddings(), policy.get_output_embeddings()):
         weight = embedding.weight
         weight[ids] = weight[: min(ids)].mean(0, keepdim=True).to(weight.dtype)

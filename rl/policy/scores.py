@@ -36,6 +36,19 @@ class Scores:
     means: torch.Tensor  # [L, H], of the latents in row-major order
 
 
+def full_logits(lm_head: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """float32 logits [N, V] of hidden states [N, H], whatever the dtype of the model.
+
+    In bf16 a logit of 20 is only known to 0.06, so sampler and replay would disagree by more than the rest of the
+    model makes them. A head that is not a plain linear layer (an adapter, say) keeps its own precision.
+    """
+    if type(lm_head) is not torch.nn.Linear:
+        return lm_head(rows).float()
+    bias = None if lm_head.bias is None else lm_head.bias.float()
+    with torch.autocast(rows.device.type, enabled=False):
+        return torch.nn.functional.linear(rows.float(), lm_head.weight.float(), bias)
+
+
 def text_logits(
     logits: torch.Tensor, may_start: torch.Tensor, tokens: LatentTokens
 ) -> torch.Tensor:
@@ -71,7 +84,7 @@ def score_slots(
     temperature = slots.temperature[:, None].expand(decided.shape)[decided]
 
     def score_chunk(rows: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = lm_head(rows).float() / temperature[part, None]
+        logits = full_logits(lm_head, rows) / temperature[part, None]
         is_text = kinds[part] == Slot.TOKEN
         text = torch.log_softmax(text_logits(logits, may_start[part], tokens), -1)
         end, more = end_logprobs(logits, tokens)

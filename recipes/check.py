@@ -1,0 +1,164 @@
+"""What can be known to be wrong with a recipe before anything heavy starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoProcessor
+
+from recipes.loading import Recipe
+from recipes.schema import LADAPORecipe
+from rewards.registry import build_rewards
+from rl.data.manifest import read_manifest
+from rl.data.media import MediaProcessor
+from rl.errors import ObjectiveError, PolicyError, RecipeError
+from rl.policy.heads import HeadConfig
+from rl.policy.model import CONFIG_KEY, policy_settings
+from rl.policy.protocol import LatentProtocol
+from rl.trajectory import Sample
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with everything read that is cheap to read."""
+
+    train: list[Sample]
+    validation: list[Sample]
+    evaluation: list[Sample]
+    processor: Any
+    protocol: LatentProtocol
+    head: HeadConfig
+    is_policy: bool  # whether `policy.path` is a policy already
+    as_it_is: bool  # whether training starts from exactly that policy
+
+
+def check_recipe(recipe: Recipe) -> Plan:
+    """Read manifests, the policy's config and processor, and the first clip.
+
+    Raises the error of whatever is wrong: `PolicyError`, `ProtocolError`, `DataError`, `VideoError`,
+    `ObjectiveError` or `RecipeError`.
+    """
+    settings = read_settings(recipe.policy.path)
+    protocol, head = _protocol(recipe, settings), _head(recipe, settings)
+    train, validation, evaluation = _samples(recipe)
+    _check_objective(recipe, protocol)
+    if len(train) < (needed := _rows_needed(recipe)):
+        key = "train.prompts_per_step" if isinstance(recipe, LADAPORecipe) else "train.batch_size"
+        raise RecipeError(
+            f"{key} is {needed}, but {recipe.data.train} gives {len(train)} rows to train on; lower it to "
+            f"{len(train)} or less, or add rows"
+        )
+    processor = AutoProcessor.from_pretrained(recipe.policy.path)
+    media = media_processor(recipe, processor)
+    for samples in filter(None, (train, validation, evaluation)):
+        media.process(media.key(samples[0]))
+    own = LatentProtocol.from_dict(settings["protocol"]) if settings else None
+    return Plan(
+        train, validation, evaluation, processor, protocol, head, settings is not None, protocol == own
+    )
+
+
+def media_processor(recipe: Recipe, processor: Any) -> MediaProcessor:
+    """The recipe's way of showing clips and asking questions."""
+    return MediaProcessor(
+        processor,
+        default_frames=recipe.data.default_frames,
+        system_prompt=recipe.data.system_prompt,
+    )
+
+
+def read_settings(path: str) -> dict[str, Any] | None:
+    """The ``foresight`` entry of a model's config, None for a plain model.
+
+    Raises `PolicyError` if there is no model, or one that takes no video.
+    """
+    from rl.policy.model import _model_class, policy_class
+
+    if Path(path).is_absolute() and not Path(path, "config.json").is_file():
+        what = "has no config.json" if Path(path).is_dir() else "is no folder"
+        raise PolicyError(
+            f"policy.path: {path} {what}; give the folder of a policy or a video model, or its name on the Hub"
+        )
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise PolicyError(
+            f"policy.path: the config of {path} cannot be read ({str(error).splitlines()[0]}); check the path or name"
+        ) from error
+    policy_class(_model_class(config, path))
+    return policy_settings(config) if hasattr(config, CONFIG_KEY) else None
+
+
+def _protocol(recipe: Recipe, settings: dict[str, Any] | None) -> LatentProtocol:
+    own = LatentProtocol.from_dict(settings["protocol"]) if settings else LatentProtocol()
+    keys = ("min_length", "max_length", "max_spans", "noise_scale", "density")
+    wanted = {key: getattr(recipe.policy, key) for key in keys}
+    return replace(own, **{key: value for key, value in wanted.items() if value is not None})
+
+
+def _head(recipe: Recipe, settings: dict[str, Any] | None) -> HeadConfig:
+    section = recipe.policy.head
+    wanted = HeadConfig(section.kind, section.width) if section else None
+    if settings is None:
+        return wanted or HeadConfig()
+    own = HeadConfig(**settings["head"])
+    if wanted not in (None, own):
+        raise PolicyError(
+            f"policy.head: {recipe.policy.path} has a head of kind {own.kind!r} and keeps it; leave the key out, or "
+            "start from a plain model"
+        )
+    return own
+
+
+def _samples(recipe: Recipe) -> tuple[list[Sample], list[Sample], list[Sample]]:
+    data, evaluation = recipe.data, recipe.evaluation
+    train = read_manifest(data.train, video_root=data.video_root, limit=data.limit)
+    validation: list[Sample] = []
+    if data.validation is not None:
+        validation = read_manifest(
+            data.validation, video_root=data.video_root, limit=data.validation_limit
+        )
+    elif recipe.train.validate_every is not None:
+        raise RecipeError(
+            "train.validate_every asks for validation, but data.validation names no manifest; add one, or leave "
+            "validate_every out"
+        )
+    held_out: list[Sample] = []
+    if evaluation is not None:
+        held_out = read_manifest(
+            evaluation.manifest, video_root=data.video_root, limit=evaluation.limit
+        )
+        if evaluation.by is not None and not all(evaluation.by in s.extra for s in held_out):
+            raise RecipeError(
+                f"evaluation.by is {evaluation.by!r}, which is no column of every row of {evaluation.manifest}; "
+                "leave it out, or name another column"
+            )
+    return train, validation, held_out
+
+
+def _rows_needed(recipe: Recipe) -> int:
+    if isinstance(recipe, LADAPORecipe):
+        return recipe.train.prompts_per_step
+    return recipe.train.batch_size
+
+
+def _check_objective(recipe: Recipe, protocol: LatentProtocol) -> None:
+    from recipes.configs import trainer_config  # here, because it loads the trainers
+
+    if isinstance(recipe, LADAPORecipe):
+        build_rewards(reward_specs(recipe))
+        train = recipe.train
+        if protocol.noise_scale == 0.0 and (train.latent_alpha > 0.0 or train.latent_beta > 0.0):
+            raise ObjectiveError(
+                f"train.latent_alpha is {train.latent_alpha} and train.latent_beta {train.latent_beta}, but the "
+                "policy's noise_scale is 0: latents without noise have no density, and the latent term's gradient is "
+                "exactly zero. Set policy.noise_scale above 0 (0.1 is a start), or set both weights to 0"
+            )
+    trainer_config(recipe)
+
+
+def reward_specs(recipe: LADAPORecipe) -> list[dict[str, Any]]:
+    """The recipe's rewards as `build_rewards` takes them."""
+    return [spec.model_dump(exclude_none=True) for spec in recipe.rewards]

@@ -1,0 +1,57 @@
+"""From a recipe to the config of its trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from recipes.loading import Recipe
+from recipes.schema import LADAPORecipe, LoraSection
+from rl.errors import ForesightError, RecipeError
+from rl.export import CHECKPOINTS
+
+
+def config_class(recipe: Recipe) -> type[Any]:
+    """The dataclass that configures the trainer of the recipe's stage."""
+    if isinstance(recipe, LADAPORecipe):
+        from rl.la_dapo import LADAPOConfig
+
+        return LADAPOConfig
+    from rl.sft.trainer import LatentSFTConfig
+
+    return LatentSFTConfig
+
+
+def trainer_config(recipe: Recipe) -> Any:
+    """The trainer's config: the recipe's settings, `train.extra`, and what follows from the machine."""
+    on_gpu = torch.cuda.is_available()
+    arguments = {
+        "output_dir": str(recipe.output / CHECKPOINTS),
+        "seed": recipe.seed,
+        "use_cpu": not on_gpu,
+        "bf16": on_gpu,
+        "save_strategy": "steps",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **recipe.train.arguments(),
+        **recipe.train.extra,
+    }
+    try:
+        return config_class(recipe)(**arguments)
+    except ForesightError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise RecipeError(
+            f"train: the trainer refuses these settings ({' '.join(str(error).split())}); correct `train` or "
+            "`train.extra`"
+        ) from error
+
+
+def lora_config(section: LoraSection | None) -> Any:
+    """PEFT's config, or None."""
+    if section is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=section.r, lora_alpha=section.alpha, target_modules=section.target_modules)  # type: ignore[arg-type]

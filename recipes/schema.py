@@ -1,0 +1,322 @@
+"""What a recipe may say: one typed model, and the one place of every default a recipe has.
+
+A recipe is a YAML file that says a whole run. Relative paths in it are relative to the recipe file.
+The defaults are Future-L1's published ones where there are any (arXiv 2606.05769, OpenGVLab/Future-L1;
+marked "Future-L1" below); all of them reach the trainer explicitly, so that what a trainer does by
+itself never matters to a recipe. `recipes.loading.load_recipe` reads one from a file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from rl.objective import Reduction
+from rl.policy.heads import HeadKind
+from rl.policy.protocol import Density, Imagine
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+
+
+def _beside_recipe(path: Path, info: ValidationInfo) -> Path:
+    folder = (info.context or {}).get("folder", Path.cwd())
+    return Path(folder, path.expanduser()).resolve()
+
+
+RecipePath = Annotated[Path, AfterValidator(_beside_recipe)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HeadSection(Section):
+    kind: HeadKind = Field("identity", description="What maps hidden states to latents.")
+    width: Count | None = Field(
+        None, description="Inner width, in units of the hidden state; null: the kind's own."
+    )
+
+
+class PolicySection(Section):
+    """The model to train, and what of its latent protocol the run changes."""
+
+    path: str = Field(
+        description="A folder with a policy or a plain video model, or a model's name on the Hub."
+    )
+    min_length: Count | None = Field(
+        None, description="Least latents in a span; null: the policy's."
+    )
+    max_length: Count | None = Field(
+        None, description="Most latents in a span; null: the policy's."
+    )
+    max_spans: Count | None = Field(
+        None, description="Most spans in a completion; null: the policy's."
+    )
+    noise_scale: NotNegative | None = Field(
+        None, description="Noise of a latent relative to its mean's norm; null: the policy's."
+    )
+    density: Density | None = Field(
+        None, description="Distribution of a latent: gaussian or vmf; null: the policy's."
+    )
+    head: HeadSection | None = Field(
+        None, description="Latent head of a plain model; a policy keeps the one it has."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="What the trainer holds its weights in. On a GPU it computes in bfloat16 anyway.",
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _local_or_hub(cls, path: str, info: ValidationInfo) -> str:
+        local = _beside_recipe(Path(path), info)
+        on_hub = path.count("/") == 1 and not path.startswith((".", "/", "~")) and "\\" not in path
+        return path if on_hub and not local.exists() else str(local)
+
+
+class DataSection(Section):
+    """Manifests (see `rl.data.manifest`) and how their videos are shown."""
+
+    train: RecipePath = Field(description="Manifest to train on.")
+    validation: RecipePath | None = Field(
+        None, description="Manifest for greedy accuracy during training."
+    )
+    validation_limit: Count | None = Field(
+        None, description="Use its first so many rows; null: all."
+    )
+    video_root: RecipePath | None = Field(
+        None, description="Folder that video paths start from; null: that of their manifest."
+    )
+    default_frames: Count = Field(
+        16, description="Frames shown of rows that list none (Future-L1: at most 16)."
+    )
+    limit: Count | None = Field(
+        None, description="Train on the manifest's first so many rows; null: all."
+    )
+    system_prompt: str | None = Field(None, description="Opens every prompt; null: none.")
+
+
+class RaySection(Section):
+    address: str | None = Field(
+        None, description="Ray cluster to join, such as ray://head:10001; null: this machine."
+    )
+
+
+class RolloutsSection(Section):
+    """The workers that sample."""
+
+    engine: Literal["transformers"] = Field("transformers", description="What samples.")
+    workers: Count = Field(1, description="Ray actors, each with its own copy of the policy.")
+    max_batch_size: Count = Field(64, description="Trajectories a worker samples side by side.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Weights of the workers; auto: bfloat16 on a GPU, float32 on a CPU.",
+    )
+    ray: RaySection = Field(RaySection(), description="Where the workers run.")
+    cpus_per_worker: Positive = Field(1.0, description="CPU cores reserved for a worker.")
+    gpus_per_worker: NotNegative | None = Field(
+        None, description="GPUs, or a share of one; null: this machine's, shared out evenly."
+    )
+    timeout_s: Positive = Field(
+        600.0, description="Seconds until a call to a worker counts as failed."
+    )
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _known_engine(cls, engine: Any) -> Any:
+        if engine in ("vllm", "auto"):
+            raise ValueError(f"engine {engine!r} is not in this version yet; write 'transformers'")
+        return engine
+
+
+class RewardSection(Section):
+    """One reward by name; `rewards.registry` knows which there are."""
+
+    use: str = Field(description="Name of the reward, such as accuracy.")
+    weight: float | None = Field(None, description="Weight in the sum; null: the reward's own.")
+    options: dict[str, Any] = Field({}, description="Options of the reward.")
+
+
+class LoraSection(Section):
+    """Low-rank adapters in the place of full training."""
+
+    r: Count = Field(16, description="Rank.")
+    alpha: Positive = Field(32.0, description="Scale: adapters count alpha/r times.")
+    target_modules: list[str] | str = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj"],
+        description="Layers to adapt, by the ends of their names, or 'all-linear'.",
+    )
+
+
+class TrainSection(Section):
+    """What all stages have in common. A step is one update of the weights."""
+
+    # Which argument of the trainer's config each key becomes, where the names differ.
+    RENAMED: ClassVar[dict[str, str]] = {
+        "warmup": "warmup_steps",
+        "schedule": "lr_scheduler_type",
+        "save_every": "save_steps",
+        "keep_checkpoints": "save_total_limit",
+        "log_every": "logging_steps",
+    }
+    # Keys that are no argument of the trainer's config.
+    APART: ClassVar[frozenset[str]] = frozenset({"micro_batch", "validate_every", "lora", "extra"})
+
+    max_steps: Count
+    learning_rate: Positive
+    warmup: NotNegative
+    schedule: Literal["constant", "linear", "cosine"]
+    weight_decay: NotNegative = Field(0.01, description="AdamW's weight decay (Future-L1, RL).")
+    max_grad_norm: Positive = Field(1.0, description="Gradients are scaled down to this norm.")
+    micro_batch: Count = Field(
+        8, description="At most so many rows in one forward pass; the rest accumulates."
+    )
+    gradient_checkpointing: bool = Field(
+        True, description="Trade a second forward pass for memory."
+    )
+    lora: LoraSection | None = Field(None, description="Train adapters; null: all weights.")
+    save_every: Count = Field(20, description="Steps between checkpoints.")
+    keep_checkpoints: Count | None = Field(2, description="Older ones are deleted; null: none.")
+    log_every: Count = Field(1, description="Steps between lines of metrics.jsonl.")
+    validate_every: Count | None = Field(
+        None, description="Steps between validations, which also run first and last; null: none."
+    )
+    extra: dict[str, Any] = Field(
+        {}, description="Further arguments of the trainer's config, passed on as they are."
+    )
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows (trajectories, in RL) that one update sees."""
+        raise NotImplementedError
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Rows in a forward pass: the largest number up to `micro_batch` that divides a step's rows."""
+        top = min(self.micro_batch, self.rows_per_step)
+        return next(n for n in range(top, 0, -1) if self.rows_per_step % n == 0)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the trainer's config, without `extra`."""
+        values = {k: v for k, v in self.model_dump().items() if k not in self.APART}
+        named = {self.RENAMED.get(key, key): value for key, value in values.items()}
+        return named | {
+            "per_device_train_batch_size": self.rows_per_pass,
+            "gradient_accumulation_steps": self.rows_per_step // self.rows_per_pass,
+        }
+
+
+class LADAPOSection(TrainSection):
+    """LA-DAPO (`rl.la_dapo`). One step samples, filters and learns once."""
+
+    RENAMED: ClassVar[dict[str, str]] = TrainSection.RENAMED | {"group_size": "num_generations"}
+    APART: ClassVar[frozenset[str]] = TrainSection.APART | {"prompts_per_step"}
+
+    max_steps: Count = Field(312, description="Updates (Future-L1: 20K samples, 64 a step).")
+    learning_rate: Positive = Field(1e-6, description="AdamW's (Future-L1).")
+    warmup: NotNegative = Field(0, description="Steps, or a share of them below 1 (Future-L1: 0).")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Learning rate after the warmup."
+    )
+    prompts_per_step: Count = Field(64, description="Groups a step (Future-L1).")
+    group_size: Annotated[int, Field(ge=2)] = Field(
+        8, description="G, trajectories of one prompt (Future-L1)."
+    )
+    max_completion_length: Count = Field(2048, description="Tokens and latents (Future-L1).")
+    temperature: Positive = Field(0.9, description="Of sampling and of log-probs (Future-L1).")
+    epsilon: Share = Field(0.2, description="Lower clip of the token ratio (DAPO, Future-L1).")
+    epsilon_high: Positive = Field(0.28, description="Upper clip of it (DAPO, Future-L1).")
+    beta: NotNegative = Field(
+        0.0,
+        description="KL of tokens to the starting policy (Future-L1: 0.01; takes a second copy).",
+    )
+    latent_alpha: NotNegative = Field(
+        0.5, description="α, weight of the latent term (Future-L1's DePO mode); needs noise."
+    )
+    latent_epsilon: Share = Field(0.1, description="Lower clip of the latent ratio (Future-L1).")
+    latent_epsilon_high: Positive | None = Field(
+        None, description="Upper clip of it; null: the same as the lower."
+    )
+    latent_reduction: Reduction = Field(
+        "sqrt_dim", description="How log-densities over the hidden width enter the ratio (ours)."
+    )
+    latent_beta: NotNegative = Field(
+        0.0, description="KL of latents to the starting policy (takes a second copy)."
+    )
+    filter_low: Share = Field(
+        0.1, description="Train on groups with accuracy above this (Future-L1)."
+    )
+    filter_high: Share = Field(
+        0.9, description="Train on groups with accuracy below this (Future-L1)."
+    )
+    max_refills: Annotated[int, Field(ge=0)] = Field(
+        20, description="Times a step samples new prompts for dropped groups (Future-L1)."
+    )
+    gate_shaping: bool = Field(
+        True, description="No gradient from shaped rewards where all are right or all wrong."
+    )
+    max_mismatch: Positive | None = Field(
+        None, description="Stop when replay differs from the sampler by more (log-prob); null: go on."
+    )
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.prompts_per_step * self.group_size
+
+
+class EvaluationSection(Section):
+    """Greedy accuracy of the trained policy, at the end of the run."""
+
+    manifest: RecipePath = Field(description="Manifest to evaluate on.")
+    modes: Annotated[list[Imagine], Field(min_length=1)] = Field(
+        ["free", "always", "never"], description="Imagining left free, forced, forbidden."
+    )
+    limit: Count | None = Field(None, description="Its first so many rows; null: all.")
+    by: str | None = Field(None, description="Manifest column to break the figures down by.")
+
+
+class _Recipe(Section):
+    HARMLESS: ClassVar[frozenset[str]] = frozenset(
+        {"name", "output", "evaluation", "train.save_every", "train.log_every"}
+        | {"train.keep_checkpoints"}
+    )
+
+    stage: str
+    name: str = Field("run", description="What the run is called in messages.")
+    seed: int = Field(0, description="Of everything random in the run.")
+    output: RecipePath = Field(description="Run folder: checkpoints, metrics, the trained policy.")
+    policy: PolicySection
+    data: DataSection
+    evaluation: EvaluationSection | None = Field(None, description="Null: none.")
+
+
+class LADAPORecipe(_Recipe):
+    """Reinforcement learning with LA-DAPO."""
+
+    # What may change between a run and its resumption without changing what is learned.
+    HARMLESS: ClassVar[frozenset[str]] = _Recipe.HARMLESS | {
+        "rollouts.workers",
+        "rollouts.max_batch_size",
+        "rollouts.ray",
+        "rollouts.cpus_per_worker",
+        "rollouts.gpus_per_worker",
+        "rollouts.timeout_s",
+    }
+
+    stage: Literal["la_dapo"] = Field(description="Selects this stage.")
+    rollouts: RolloutsSection = Field(RolloutsSection(), description="The workers that sample.")
+    rewards: Annotated[list[RewardSection], Field(min_length=1)] = Field(
+        [
+            RewardSection(use=name)
+            for name in ("accuracy", "format", "outcome_contrastive", "temporal_diversity")
+        ],
+        description="What is rewarded, with LA-DAPO's weights unless given.",
+    )
+    train: LADAPOSection = Field(LADAPOSection(), description="LA-DAPO's settings.")

@@ -1,0 +1,91 @@
+"""Settings of the LA-DAPO trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from trl.trainer.grpo_config import GRPOConfig
+
+from rl.errors import ObjectiveError
+from rl.objective import Reduction, reduce_width
+
+
+@dataclass
+class LADAPOConfig(GRPOConfig):
+    """TRL's `GRPOConfig` plus the latent term, the group filter and the replay check.
+
+    Of TRL's own arguments `epsilon_high` defaults to DAPO's 0.28 here; `temperature` is the sampler's as well.
+    """
+
+    epsilon_high: float | None = field(
+        default=0.28, metadata={"help": "Upper clip of the token ratio (DAPO's clip-higher)."}
+    )
+    latent_alpha: float = field(
+        default=0.5, metadata={"help": "α, weight of the latent term. Needs a policy with noise."}
+    )
+    latent_epsilon: float = field(default=0.1, metadata={"help": "Lower clip of the latent ratio."})
+    latent_epsilon_high: float | None = field(
+        default=None,
+        metadata={"help": "Upper clip of the latent ratio; None: the same as the lower."},
+    )
+    latent_reduction: Reduction = field(
+        default="sqrt_dim",
+        metadata={
+            "help": "How log-densities over the hidden width enter the ratio: sum, sqrt_dim or mean."
+        },
+    )
+    latent_beta: float = field(
+        default=0.0, metadata={"help": "β_z, weight of the latents' KL to the reference policy."}
+    )
+    filter_low: float = field(
+        default=0.0,
+        metadata={"help": "Train on groups whose accuracy is above this (DAPO 0, Future-L1 0.1)."},
+    )
+    filter_high: float = field(
+        default=1.0,
+        metadata={"help": "Train on groups whose accuracy is below this (DAPO 1, Future-L1 0.9)."},
+    )
+    max_refills: int = field(
+        default=0,
+        metadata={
+            "help": "How many more times to sample new prompts in the place of dropped groups."
+        },
+    )
+    gate_shaping: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether shaped rewards give no gradient to groups that are all right or all wrong."
+        },
+    )
+    max_mismatch: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when a fresh trajectory's replayed log-prob differs by more than this."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.filter_low < self.filter_high <= 1.0:
+            raise ObjectiveError(
+                f"need 0 <= filter_low < filter_high <= 1, got {self.filter_low} and {self.filter_high}"
+            )
+        if self.max_refills < 0:
+            raise ObjectiveError(f"max_refills is {self.max_refills}; it must be >= 0")
+        if self.temperature <= 0:
+            raise ObjectiveError(
+                "temperature must be above 0: a greedy policy has no log-probs to learn from"
+            )
+        for name, inert in (("top_p", 1.0), ("top_k", 0), ("min_p", None)):
+            if getattr(self, name) not in (inert, None):
+                raise ObjectiveError(
+                    f"{name}={getattr(self, name)} is not supported: replay scores the whole distribution, and "
+                    f"truncated sampling would bias the ratio. Leave {name} at its default"
+                )
+        for name in ("use_vllm", "use_transformers_continuous_batching"):
+            if getattr(self, name, False):
+                raise ObjectiveError(
+                    f"{name} is TRL's own generation; rollouts come from the pool instead"
+                )
+        reduce_width(torch.zeros(1), 1, self.latent_reduction)

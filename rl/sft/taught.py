@@ -1,0 +1,83 @@
+"""What SFT teaches: for each sample the completion, with the features of future frames as its latents.
+
+A taught completion is a `Trajectory` whose latents nobody sampled. It is scored by the replay that RL uses, so the two
+stages cannot disagree about which positions are choices, what is banned there, or which hidden state is a latent's mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rl.errors import DataError
+from rl.policy.model import LatentPolicy
+from rl.policy.protocol import LatentProtocol, LatentTokens
+from rl.trajectory import MediaKey, Sample, Sampling, Trajectory
+
+
+def span_lengths(
+    sample: Sample, protocol: LatentProtocol, *, temporal_patch_size: int, tokens_per_patch: int
+) -> tuple[int, ...]:
+    """How many latents each span of `sample.imagine` takes: its temporal patches times `tokens_per_patch`.
+
+    Raises `DataError`, which names the sample, where the protocol does not allow them.
+    """
+    where = f"sample {sample.id!r}"
+    if len(sample.imagine) > protocol.max_spans:
+        raise DataError(
+            f"{where}: column 'imagine' has {len(sample.imagine)} spans, the protocol allows {protocol.max_spans}; "
+            "list fewer spans or raise the protocol's max_spans"
+        )
+    lengths = []
+    for number, frames in enumerate(sample.imagine, start=1):
+        patches = -(-len(frames) // temporal_patch_size)
+        lengths.append(patches * tokens_per_patch)
+        if not protocol.min_length <= lengths[-1] <= protocol.max_length:
+            raise DataError(
+                f"{where}: span {number} of column 'imagine' has {len(frames)} frames, which make {lengths[-1]} latents "
+                f"({temporal_patch_size} frames a patch, {tokens_per_patch} latents a patch); the protocol allows "
+                f"{protocol.min_length} to {protocol.max_length}: list other frames, or change the protocol's "
+                "min_length and max_length or tokens_per_patch"
+            )
+    return tuple(lengths)
+
+
+def completion_ids(
+    lengths: Sequence[int], answer: Sequence[int], tokens: LatentTokens, eos: int
+) -> np.ndarray:
+    """A start token, fillers and an end token for each span, then the answer and the end of sequence: int64 [C]."""
+    ids: list[int] = []
+    for length in lengths:
+        ids += [tokens.start, *[tokens.filler] * length, tokens.end]
+    return np.array([*ids, *answer, eos], dtype=np.int64)
+
+
+def taught_trajectory(
+    sample: Sample,
+    prompt_ids: np.ndarray,
+    media: MediaKey,
+    completion: np.ndarray,
+    latents: torch.Tensor,
+    policy: LatentPolicy,
+) -> Trajectory:
+    """The trajectory of a taught `completion` [C] with `latents` [L, H]. Log-probs are zeros: it was not sampled."""
+    trace = policy.protocol.trace(completion, policy.latent_tokens)
+    return Trajectory(
+        sample_id=sample.id,
+        prompt_ids=prompt_ids,
+        completion_ids=completion,
+        decision=trace.slots,
+        logprobs=np.zeros(len(completion), dtype=np.float32),
+        latents=latents,
+        latent_logprobs=np.zeros(len(latents)),
+        span_lengths=trace.span_lengths,
+        filler=policy.latent_tokens.filler,
+        media=(media,),
+        policy_version=0,
+        finish_reason="stop",
+        sampling=Sampling(),
+        seed=0,
+        text="",
+    )

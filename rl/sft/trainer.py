@@ -1,0 +1,293 @@
+"""SFT with latent alignment: cross-entropy on what a policy decides, plus a pull of its latents towards future frames."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from accelerate.utils import is_peft_model
+from rich.progress import Progress
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+from rl.checkpoints import CompleteCheckpoints
+from rl.data.media import LocalMedia, MediaProcessor
+from rl.errors import DataError, ObjectiveError, PolicyError
+from rl.interfaces import MediaSource
+from rl.policy.model import LatentPolicy
+from rl.policy.protocol import Slot
+from rl.scoring import ReplayBatch, collate
+from rl.sft.alignment import LatentLoss, latent_alignment_loss
+from rl.sft.targets import Targets, compute_targets
+from rl.sft.taught import completion_ids, span_lengths, taught_trajectory
+from rl.trajectory import MediaKey, Sample, Trajectory
+
+
+@dataclass
+class LatentSFTConfig(TrainingArguments):
+    """`TrainingArguments` plus the latent term and which rows get a latent trace.
+
+    `imagine_share` is one probability for all rows, or one for each value of a manifest column, written as
+    ``{"column": "template", "shares": {"0": 0.75, "1": 0.30}}``. It is drawn anew in each epoch.
+    """
+
+    latent_weight: float = field(
+        default=1.0, metadata={"help": "λ, weight of the latent term beside the cross-entropy."}
+    )
+    latent_loss: LatentLoss = field(
+        default="mse", metadata={"help": "mse (divided by the targets' variance) or cosine."}
+    )
+    tokens_per_patch: int = field(
+        default=1, metadata={"help": "Latents for each temporal patch of a span."}
+    )
+    imagine_share: Any = field(
+        default=1.0, metadata={"help": "Probability that a row is taught with its latent spans."}
+    )
+    answer_template: str = field(
+        default="<answer>{answer}</answer>", metadata={"help": "The text of a final answer."}
+    )
+    freeze_vision: bool = field(
+        default=True, metadata={"help": "Whether the vision tower is left as it is."}
+    )
+    start_at_mean: bool = field(
+        default=False,
+        metadata={"help": "Set the latent head's last bias to the mean target before training."},
+    )
+    media_cache: int = field(
+        default=4096, metadata={"help": "Processed clips kept in memory, for prompts."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Leave it: rows are samples, not columns of tensors."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.latent_weight < 0:
+            raise ObjectiveError(f"latent_weight is {self.latent_weight}; it must be at least 0")
+        if self.latent_loss not in get_args(LatentLoss):
+            raise ObjectiveError(
+                f"latent_loss is {self.latent_loss!r}; choose one of {get_args(LatentLoss)}"
+            )
+        if self.tokens_per_patch < 1:
+            raise ObjectiveError(
+                f"tokens_per_patch is {self.tokens_per_patch}; it must be at least 1"
+            )
+        shares = self.imagine_share
+        if isinstance(shares, dict):
+            if shares.keys() != {"column", "shares"}:
+                raise ObjectiveError(
+                    f"imagine_share has the keys {sorted(shares)}; give 'column' and 'shares', or one number"
+                )
+            shares = shares["shares"].values()
+        for share in shares if not isinstance(shares, int | float) else [shares]:
+            if not 0.0 <= share <= 1.0:
+                raise ObjectiveError(f"imagine_share holds {share}; shares are between 0 and 1")
+
+
+def imagine_probability(sample: Sample, share: float | dict[str, Any]) -> float:
+    """The probability with which `sample` is taught with its spans (see `LatentSFTConfig`)."""
+    if not isinstance(share, dict):
+        return float(share)
+    column = share["column"]
+    value = str(sample.extra.get(column))
+    if value not in share["shares"]:
+        raise DataError(
+            f"sample {sample.id!r}: column {column!r} is {value}, and imagine_share has no share for it (it has: "
+            f"{', '.join(share['shares'])}); add one or correct the row"
+        )
+    return float(share["shares"][value])
+
+
+class LatentSFTTrainer(Trainer):
+    """Teaches a `LatentPolicy` the latent spans and answers of manifest rows.
+
+    Latents are teacher-forced: the pooled features of the frames in `Sample.imagine`, computed once before training
+    with the tower as it then is, are both fed and aimed at. `targets` from an earlier stage with the same tower and
+    samples spare that. Clips of the prompts come from `source`, by default a cache of `args.media_cache` clips.
+    Logs `loss_text` (cross-entropy), `loss_latent` (before its weight) and `imagined` (share of rows with spans)
+    beside `loss`. Each checkpoint is a policy that `load_policy` reads. Raises `DataError` for rows whose spans the
+    protocol does not allow.
+    """
+
+    args: LatentSFTConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: LatentSFTConfig,
+        train_dataset: Sequence[Sample],
+        media: MediaProcessor,
+        *,
+        source: MediaSource | None = None,
+        targets: Targets | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ) -> None:
+        self.samples = list(train_dataset)
+        self.media, self.source = media, source or LocalMedia(media, args.media_cache)
+        self.targets = targets
+        policy = _policy(model)
+        self._lengths = [
+            span_lengths(
+                s,
+                policy.protocol,
+                temporal_patch_size=media.temporal_patch_size,
+                tokens_per_patch=args.tokens_per_patch,
+            )
+            for s in self.samples
+        ]
+        self._shares = [imagine_probability(s, args.imagine_share) for s in self.samples]
+        self._answers = [self._answer(s, args.answer_template) for s in self.samples]
+        self._eos = _end_of_sequence(policy, media.tokenizer)
+        self._prompts: dict[int, tuple[np.ndarray, MediaKey]] = {}
+        self._sums: dict[str, list[torch.Tensor]] = defaultdict(list)
+        if args.freeze_vision:
+            vision_tower(policy).requires_grad_(False)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=[{"index": i} for i in range(len(self.samples))],  # type: ignore[arg-type]
+            data_collator=default_data_collator,
+            processing_class=media.processor,
+            callbacks=[CompleteCheckpoints(), *callbacks],
+            **kwargs,
+        )
+        # The loss is a mean over the micro-batch; transformers must divide it by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+
+    @property
+    def policy(self) -> LatentPolicy:
+        """The policy inside whatever wraps it."""
+        return _policy(self.accelerator.unwrap_model(self.model))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the targets if need be, then train as `transformers.Trainer` does."""
+        if self.targets is None:
+            with Progress(disable=self.args.disable_tqdm) as bar:
+                task = bar.add_task("features of future frames", total=None)
+                self.targets = compute_targets(
+                    self.policy,
+                    self.media,
+                    self.samples,
+                    tokens_per_patch=self.args.tokens_per_patch,
+                    progress=lambda done, total: bar.update(task, completed=done, total=total),
+                )
+        if self.args.start_at_mean:
+            start_head_at(self.policy.latent_head, self.targets.mean)
+        return super().train(*args, **kwargs)
+
+    # -- from indices to tensors --------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> Any:
+        rows = [self._teach(i) for i in inputs["index"].tolist()]
+        pad = self.media.tokenizer.pad_token_id
+        batch = collate(rows, self.policy, self.source, pad_id=self._eos if pad is None else pad)
+        return batch.to(self.args.device)
+
+    def _teach(self, index: int) -> Trajectory:
+        """The taught trajectory of one sample: a function of the seed, the epoch and the sample."""
+        assert self.targets is not None
+        epoch = int(self.state.epoch or 0)
+        draw = np.random.default_rng((self.args.seed, epoch, index)).random()
+        imagines = bool(draw < self._shares[index])
+        prompt, key = self._prompt(index)
+        return taught_trajectory(
+            self.samples[index],
+            prompt,
+            key,
+            completion_ids(
+                self._lengths[index] if imagines else (),
+                self._answers[index],
+                self.policy.latent_tokens,
+                self._eos,
+            ),
+            self.targets.of(index) if imagines else self.targets.features[:0],
+            self.policy,
+        )
+
+    def _prompt(self, index: int) -> tuple[np.ndarray, MediaKey]:
+        if index not in self._prompts:
+            sample = self.samples[index]
+            clip = self.source.get(self.media.key(sample))
+            self._prompts[index] = self.media.encode(sample, [clip]).input_ids, clip.key
+        return self._prompts[index]
+
+    def _answer(self, sample: Sample, template: str) -> list[int]:
+        text = template.replace("{answer}", sample.answer)
+        return self.media.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    # -- the loss -------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Mean of -log π over what was decided, plus λ times the alignment of the latents' means."""
+        batch: ReplayBatch = inputs
+        assert self.targets is not None
+        scores = model(**batch.inputs)
+        decided = batch.inputs["slots"].slots != Slot.FORCED
+        text = -scores.logprobs.sum() / decided.sum()
+        latent = latent_alignment_loss(
+            scores.means,
+            batch.inputs["latents"],
+            variance=self.targets.variance,
+            kind=self.args.latent_loss,
+        )
+        imagined = sum(count > 0 for count in batch.latent_counts) / len(batch.latent_counts)
+        self._sums["loss_text"].append(text.detach())
+        self._sums["imagined"].append(torch.tensor(imagined))
+        if imagined:
+            self._sums["loss_latent"].append(latent.detach())
+        loss = text + self.args.latent_weight * latent
+        return (loss, scores) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update({name: float(torch.stack(v).mean()) for name, v in self._sums.items()})
+            self._sums.clear()
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # transformers would guess it from inputs that are not tensors yet
+
+
+def vision_tower(policy: LatentPolicy) -> nn.Module:
+    """The module that turns pixels into features."""
+    tower = policy.get_encoder(modality="video")
+    if tower is policy or tower is policy.base_model:
+        raise PolicyError(
+            f"{type(policy).__name__}: no vision tower was found, so it cannot be frozen; set freeze_vision to false"
+        )
+    return tower
+
+
+@torch.no_grad()
+def start_head_at(head: nn.Module, mean: torch.Tensor) -> None:
+    """Set the bias of the head's last linear layer to `mean` [H]; `PolicyError` if it has none."""
+    linears = [m for m in head.modules() if isinstance(m, nn.Linear)]
+    if not linears or linears[-1].bias is None:
+        raise PolicyError(
+            "start_at_mean needs a latent head that ends in a linear layer with a bias; choose another head or unset it"
+        )
+    linears[-1].bias.copy_(mean)
+
+
+def _policy(model: Any) -> Any:
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def _end_of_sequence(policy: LatentPolicy, tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is not None:
+        return int(tokenizer.eos_token_id)
+    eos = policy.generation_config.eos_token_id if policy.generation_config else None
+    if eos is None:
+        raise PolicyError("neither the tokenizer nor the policy names an end-of-sequence token; set one of them")
+    return int(eos[0] if isinstance(eos, list) else eos)

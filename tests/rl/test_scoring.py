@@ -1,0 +1,206 @@
+"""Replay gives back the sampler's log-probs; each way of getting it wrong shows."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from rl.errors import TrajectoryError
+from rl.policy import scores
+from rl.policy.density import log_density
+from rl.policy.model import LatentPolicy
+from rl.policy.protocol import LatentProtocol, Slot
+from rl.scoring import collate, replay
+from rl.trajectory import RolloutRequest, Sampling
+from tests.latent import engine_for, square_samples, thinking_policy
+from tests.tiny import FAMILIES
+
+
+def sampled(folder, family="qwen3_vl", size=10, **kwargs):
+    """Trajectories of four clips of different lengths, half of them opening with a span."""
+    policy, processor = thinking_policy(folder / "policy", family, **kwargs)
+    engine = engine_for(policy, processor)
+    requests = [
+        RolloutRequest(
+            s, tuple(100 * i + g for g in range(size)), Sampling(1.0, 28, ("free", "always")[i % 2])
+        )
+        for i, s in enumerate(square_samples(folder / "clips"))
+    ]
+    trajectories = [t for group in engine.generate(requests) for t in group]
+    return policy, engine.media, trajectories
+
+
+@torch.no_grad()
+def gaps(policy, media, trajectories) -> dict[str, float]:
+    """Largest difference between sampler and replay, by kind. Latents in units of the objective's
+    default reduction, the sum over the width divided by √H.
+    """
+    batch = collate(trajectories, policy, media, pad_id=0)
+    found = replay(policy, batch, policy)
+    result = {}
+    for name, kind in (("token", Slot.TOKEN), ("decision", Slot.DECISION), ("forced", Slot.FORCED)):
+        result[name] = max(
+            np.abs(found.logprobs[row, : len(t.logprobs)].numpy() - t.logprobs)[
+                t.decision == kind
+            ].max(initial=0)
+            for row, t in enumerate(trajectories)
+        )
+    old = np.concatenate([t.latent_logprobs for t in trajectories])
+    assert found.latent_logprobs is not None
+    width = found.means.shape[-1]
+    result["latent"] = float(np.abs(found.latent_logprobs.numpy() - old).max() / width**0.5)
+    return result
+
+
+PROTOCOLS = {
+    "free length, Gaussian": LatentProtocol(
+        min_length=1, max_length=4, max_spans=3, noise_scale=0.5
+    ),
+    "fixed length, von Mises-Fisher": LatentProtocol(
+        min_length=3, max_length=3, max_spans=2, noise_scale=0.5, density="vmf"
+    ),
+}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS.keys())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fresh_trajectories_replay_exactly(family, protocol, tmp_path):
+    # Qwen3.5 decodes by another algorithm (recurrent) than it scores (chunked): more rounding.
+    boldness = 0.4 if family == "qwen3_5" else 0.8
+    policy, media, trajectories = sampled(tmp_path, family, protocol=protocol, boldness=boldness)
+    kinds = np.concatenate([t.decision for t in trajectories])
+    assert sum(len(t.span_lengths) > 1 for t in trajectories) > 1
+    assert {t.finish_reason for t in trajectories} == {"stop", "length"}
+    if protocol.min_length < protocol.max_length:
+        ends = [t.completion_ids[t.decision == Slot.DECISION] for t in trajectories]
+        assert {int(i) for e in ends for i in e} == {
+            policy.latent_tokens.end,
+            policy.latent_tokens.filler,
+        }
+    assert (kinds == Slot.FORCED).any()
+    found = gaps(policy, media, trajectories)
+    assert max(found.values()) <= 1e-5, found
+    assert found["forced"] == 0
+
+
+def test_bf16_replays_within_its_precision(tmp_path):
+    policy, media, trajectories = sampled(tmp_path, dtype=torch.bfloat16, boldness=0.3)
+    assert all(t.latents.dtype == torch.bfloat16 for t in trajectories)
+    found = gaps(policy, media, trajectories)
+    assert found["token"] <= 2e-2 and found["decision"] <= 2e-2, found
+    # A latent's log-density is known to the precision of its mean, divided by the noise.
+    assert found["latent"] / policy.config.get_text_config().hidden_size ** 0.5 <= 2e-2, found
+
+
+def test_rows_do_not_depend_on_their_batch(tmp_path):
+    policy, media, trajectories = sampled(tmp_path)
+    whole = replay(policy, collate(trajectories, policy, media, pad_id=0), policy)
+    for row in (0, len(trajectories) - 1):
+        t = trajectories[row]
+        alone = replay(policy, collate([t], policy, media, pad_id=0), policy)
+        torch.testing.assert_close(
+            whole.logprobs[row, : len(t.logprobs)], alone.logprobs[0], atol=1e-5, rtol=0
+        )
+
+
+# Each mutation is a defect of published code (`docs/exactness.md`); the exactness test must see it.
+
+
+def not_fed_back(monkeypatch):
+    # The trainer of Future-L1's release scores text on the filler's token embedding.
+    original = LatentPolicy.hidden_states
+
+    def blind(self, *args, latents=None, **kwargs):
+        return original(self, *args, latents=None, **kwargs)
+
+    monkeypatch.setattr(LatentPolicy, "hidden_states", blind)
+
+
+def one_position_off(monkeypatch):
+    # Monet, HyLaR and Future-L1 compare z_k with the hidden state it produces, not the one that
+    # produced it.
+    original = scores.score_slots
+
+    def shifted(hidden, slots, *, tokens, lm_head, head):
+        right = original(hidden, slots, tokens=tokens, lm_head=lm_head, head=head)
+        at = slots.ids == tokens.filler
+        return dataclasses.replace(right, means=head(hidden[at]))
+
+    monkeypatch.setattr("rl.policy.model.score_slots", shifted)
+
+
+def forced_counted(monkeypatch):
+    # Forced ends and fillers scored as if the vocabulary had been free.
+    original = scores.score_slots
+
+    def eager(hidden, slots, **kwargs):
+        kinds = torch.where(
+            (slots.slots == Slot.FORCED) & (slots.ids == kwargs["tokens"].end),
+            torch.tensor(Slot.DECISION, dtype=torch.int8),
+            slots.slots,
+        )
+        return original(hidden, dataclasses.replace(slots, slots=kinds), **kwargs)
+
+    monkeypatch.setattr("rl.policy.model.score_slots", eager)
+
+
+def bans_forgotten(monkeypatch):
+    monkeypatch.setattr("rl.policy.scores.text_logits", lambda logits, may_start, tokens: logits)
+
+
+@pytest.mark.parametrize(
+    ("mutation", "kind"),
+    [
+        (not_fed_back, "token"),
+        (one_position_off, "latent"),
+        (forced_counted, "forced"),
+        (bans_forgotten, "token"),
+    ],
+)
+def test_mutations_are_seen(mutation, kind, tmp_path, monkeypatch):
+    policy, media, trajectories = sampled(tmp_path)
+    assert gaps(policy, media, trajectories)[kind] <= 1e-5
+    mutation(monkeypatch)
+    assert gaps(policy, media, trajectories)[kind] > 1e-2
+
+
+def test_gradient_of_the_latent_term_by_finite_differences(tmp_path):
+    policy, media, trajectories = sampled(tmp_path, dtype=torch.float64, size=2)
+    batch = collate(trajectories, policy, media, pad_id=0)
+
+    def value() -> torch.Tensor:
+        found = replay(policy, batch, policy)
+        assert found.latent_logprobs is not None
+        return found.latent_logprobs.mean()
+
+    value().backward()
+    torch.manual_seed(0)
+    for name in ("latent_head.3.weight", "model.language_model.layers.0.mlp.up_proj.weight"):
+        parameter = policy.get_parameter(name)
+        direction = torch.randn_like(parameter)
+        slope = (parameter.grad * direction).sum().item()
+        step = 1e-3
+        with torch.no_grad():
+            parameter.add_(direction, alpha=step)
+            up = value().item()
+            parameter.sub_(direction, alpha=2 * step)
+            down = value().item()
+            parameter.add_(direction, alpha=step)
+        assert slope == pytest.approx((up - down) / (2 * step), rel=1e-3), name
+        assert abs(slope) > 1e-4
+
+
+def test_another_protocol_is_refused(tmp_path):
+    policy, media, trajectories = sampled(tmp_path)
+    policy.set_protocol(dataclasses.replace(policy.protocol, min_length=1))
+    with pytest.raises(TrajectoryError, match="another protocol"):
+        collate(trajectories, policy, media, pad_id=0)
+
+
+def test_densities_of_stored_latents_are_those_of_the_protocol(tmp_path):
+    policy, media, trajectories = sampled(tmp_path)
+    found = replay(policy, collate(trajectories, policy, media, pad_id=0), policy)
+    latents = torch.cat([t.latents for t in trajectories])
+    expected = log_density(latents, found.means, policy.protocol.noise_scale, "gaussian")
+    torch.testing.assert_close(found.latent_logprobs, expected)

@@ -1,0 +1,65 @@
+"""Trajectories check themselves."""
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from rl.errors import TrajectoryError
+from rl.policy.protocol import Slot
+from rl.trajectory import MediaKey, Sample, Sampling, Trajectory, TrajectoryGroup
+
+
+@pytest.fixture
+def trajectory() -> Trajectory:
+    return Trajectory(
+        sample_id="a",
+        prompt_ids=np.array([1, 2]),
+        completion_ids=np.array([7, 9, 9, 8, 3]),
+        decision=np.array([Slot.TOKEN, 0, Slot.DECISION, 0, Slot.TOKEN], dtype=np.int8),
+        logprobs=np.array([-1, 0, -0.5, 0, -2], dtype=np.float32),
+        latents=torch.ones(2, 4, dtype=torch.bfloat16),
+        latent_logprobs=np.array([-3.0, -4.0]),
+        span_lengths=(2,),
+        filler=9,
+        media=(MediaKey("clip.mp4", (0, 1), "abc"),),
+        policy_version=3,
+        finish_reason="stop",
+        sampling=Sampling(),
+        seed=5,
+        text="",
+    )
+
+
+def test_whole_and_picklable(trajectory):
+    again = pickle.loads(pickle.dumps(trajectory))
+    assert again.imagined and again.latents.dtype == torch.bfloat16
+    assert [s.shape for s in again.spans()] == [(2, 4)]
+    assert again.media == trajectory.media
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": torch.ones(1, 4)}, "1 latents, 2 filler tokens"),
+        ({"span_lengths": (1,)}, "sum to 1"),
+        ({"latent_logprobs": np.zeros(3)}, "3 latent log-probs"),
+        ({"latents": torch.ones(8)}, r"\[L, H\]"),
+        ({"decision": np.zeros(4, dtype=np.int8)}, "4 decisions"),
+        ({"logprobs": np.ones(5, dtype=np.float32)}, "forced"),
+        ({"prompt_ids": np.array([], dtype=np.int64)}, "empty"),
+    ],
+)
+def test_contradictions_name_the_sample(trajectory, change, message):
+    with pytest.raises(TrajectoryError, match=f"sample 'a'.*{message}"):
+        dataclasses.replace(trajectory, **change)
+
+
+def test_a_group_is_of_one_sample(trajectory):
+    sample = Sample("a", "clip.mp4", "?", "A")
+    group = TrajectoryGroup(sample, (trajectory, trajectory))
+    assert len(group) == 2 and list(group)[1] is trajectory
+    with pytest.raises(TrajectoryError, match="'b' holds a trajectory of 'a'"):
+        TrajectoryGroup(dataclasses.replace(sample, id="b"), (trajectory,))
