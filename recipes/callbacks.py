@@ -7,8 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from recipes.evaluate import Evaluation
@@ -17,7 +24,8 @@ from recipes.run_folder import RunFolder
 # What a line on the screen shows of a log, where it is there: name in the log, name and format here.
 _SHOWN = {
     "loss": ("loss", "{:.4f}"),
-    "latent_loss": ("latent loss", "{:.4f}"),
+    "loss_text": ("text", "{:.4f}"),
+    "loss_latent": ("latents", "{:.4f}"),
     "reward": ("reward", "{:.3f}"),
     "rewards/accuracy/mean": ("accuracy", "{:.1%}"),
     "latents/share_imagining": ("imagining", "{:.1%}"),
@@ -68,7 +76,9 @@ class TrainingProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._bar.start()
-        self._task = self._bar.add_task(self._name, total=state.max_steps, completed=state.global_step)
+        self._task = self._bar.add_task(
+            self._name, total=state.max_steps, completed=state.global_step
+        )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -79,10 +89,14 @@ class TrainingProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         logs = kwargs.get("logs") or {}
-        shown = [f"{name} {form.format(logs[k])}" for k, (name, form) in _SHOWN.items() if k in logs]
+        shown = [
+            f"{name} {form.format(logs[k])}" for k, (name, form) in _SHOWN.items() if k in logs
+        ]
         if shown:
             self._console.print(
-                f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown), highlight=False
+                f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown),
+                highlight=False,
+                soft_wrap=True,
             )
 
     def stop(self) -> None:
@@ -93,28 +107,31 @@ class TrainingProgress(TrainerCallback):
 class Validation(TrainerCallback):
     """Greedy accuracy before the first step, every `every` steps, and after the last."""
 
-    def __init__(self, measure: Callable[[], Evaluation], every: int) -> None:
-        self._measure, self._every = measure, every
-        self.trainer: Trainer | None = None  # set once the trainer, which takes its callbacks, exists
+    def __init__(self, every: int) -> None:
+        self._every = every
+
+    def prepare(self, trainer: Trainer, measure: Callable[[], Evaluation]) -> None:
+        """Say whose log to write to and how to measure; the trainer exists only after its callbacks."""
+        self._trainer, self._measure = trainer, measure
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step == 0:
-            self._validate()
+            self._validate(control)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step % self._every == 0 or state.global_step == state.max_steps:
-            self._validate()
+            self._validate(control)
 
-    def _validate(self) -> None:
+    def _validate(self, control: TrainerControl) -> None:
         score = self._measure().scores["free"]
-        assert self.trainer is not None
+        due = control.should_log  # logging clears it, and the training metrics are still to come
         # The base class's log: GRPOTrainer's own would hand out the training metrics before their time.
         Trainer.log(
-            self.trainer,
+            self._trainer,
             {
                 "validation/accuracy": score.accuracy,
                 "validation/share_imagining": score.imagining,
@@ -122,3 +139,4 @@ class Validation(TrainerCallback):
                 "validation/latents": score.latents,
             },
         )
+        control.should_log = due

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 from transformers import AutoConfig, AutoProcessor
 
 from recipes.loading import Recipe
-from recipes.schema import LADAPORecipe
+from recipes.schema import LADAPORecipe, SFTRecipe
 from rewards.registry import build_rewards
 from rl.data.manifest import read_manifest
 from rl.data.media import MediaProcessor
 from rl.errors import ObjectiveError, PolicyError, RecipeError
+from rl.export import POLICY
 from rl.policy.heads import HeadConfig
 from rl.policy.model import CONFIG_KEY, policy_settings
 from rl.policy.protocol import LatentProtocol
@@ -52,11 +54,20 @@ def check_recipe(recipe: Recipe) -> Plan:
         )
     processor = AutoProcessor.from_pretrained(recipe.policy.path)
     media = media_processor(recipe, processor)
+    if not isinstance(recipe, LADAPORecipe):
+        _check_lessons(recipe, train, protocol, head, media)
     for samples in filter(None, (train, validation, evaluation)):
         media.process(media.key(samples[0]))
     own = LatentProtocol.from_dict(settings["protocol"]) if settings else None
     return Plan(
-        train, validation, evaluation, processor, protocol, head, settings is not None, protocol == own
+        train,
+        validation,
+        evaluation,
+        processor,
+        protocol,
+        head,
+        settings is not None,
+        protocol == own,
     )
 
 
@@ -78,6 +89,8 @@ def read_settings(path: str) -> dict[str, Any] | None:
 
     if Path(path).is_absolute() and not Path(path, "config.json").is_file():
         what = "has no config.json" if Path(path).is_dir() else "is no folder"
+        if Path(path, POLICY, "config.json").is_file():
+            what = f"is a run; its policy is in {Path(path, POLICY)}"
         raise PolicyError(
             f"policy.path: {path} {what}; give the folder of a policy or a video model, or its name on the Hub"
         )
@@ -157,6 +170,30 @@ def _check_objective(recipe: Recipe, protocol: LatentProtocol) -> None:
                 "exactly zero. Set policy.noise_scale above 0 (0.1 is a start), or set both weights to 0"
             )
     trainer_config(recipe)
+
+
+def _check_lessons(
+    recipe: SFTRecipe,
+    samples: Sequence[Sample],
+    protocol: LatentProtocol,
+    head: HeadConfig,
+    media: MediaProcessor,
+) -> None:
+    """Whether the protocol allows what the manifest's `imagine` asks for."""
+    from rl.sft.taught import span_lengths
+
+    if recipe.train.start_at_mean and head.kind == "identity":
+        raise PolicyError(
+            "train.start_at_mean needs a latent head with a bias, but the policy's head is the identity; leave it out, "
+            "or choose another policy.head"
+        )
+    for sample in samples:
+        span_lengths(
+            sample,
+            protocol,
+            temporal_patch_size=media.temporal_patch_size,
+            tokens_per_patch=recipe.train.tokens_per_patch,
+        )
 
 
 def reward_specs(recipe: LADAPORecipe) -> list[dict[str, Any]]:

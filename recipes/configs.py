@@ -15,7 +15,7 @@ from rl.export import CHECKPOINTS
 def config_class(recipe: Recipe) -> type[Any]:
     """The dataclass that configures the trainer of the recipe's stage."""
     if isinstance(recipe, LADAPORecipe):
-        from rl.la_dapo import LADAPOConfig
+        from rl.la_dapo_config import LADAPOConfig
 
         return LADAPOConfig
     from rl.sft.trainer import LatentSFTConfig
@@ -33,7 +33,6 @@ def trainer_config(recipe: Recipe) -> Any:
         "bf16": on_gpu,
         "save_strategy": "steps",
         "report_to": "none",
-        "disable_tqdm": True,
         **recipe.train.arguments(),
         **recipe.train.extra,
     }
@@ -54,4 +53,17 @@ def lora_config(section: LoraSection | None) -> Any:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(r=section.r, lora_alpha=section.alpha, target_modules=section.target_modules)  # type: ignore[arg-type]
+    modules: Any = section.target_modules
+    return LoraConfig(r=section.r, lora_alpha=section.alpha, target_modules=modules)  # type: ignore[arg-type]
+
+
+def with_adapters(policy: Any, section: LoraSection | None) -> Any:
+    """The policy with LoRA adapters on it (its latent head is trained whole), or itself without a section."""
+    if section is None:
+        return policy
+    from peft import get_peft_model
+
+    config = lora_config(section)
+    if any(True for _ in policy.latent_head.parameters()):
+        config.modules_to_save = ["latent_head"]
+    return get_peft_model(policy, config)

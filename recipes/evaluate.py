@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from rich import box
 from rich.table import Table
 
 from rewards.accuracy import accuracy
@@ -85,12 +86,12 @@ class Evaluation:
 
     def table(self, title: str = "Greedy accuracy") -> Table:
         """The same for a terminal."""
-        table = Table(title=title, title_justify="left")
-        table.add_column("imagining")
+        table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+        table.add_column("imagining", no_wrap=True)
         if self.by is not None:
             table.add_column(self.by)
-        for heading in ("accuracy", "answers", "imagined", "spans", "latents", "tokens", "cut short"):
-            table.add_column(heading, justify="right")
+        for heading in ("accuracy", "answers", "imagined", "spans", "latents", "cut short"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for mode, score in self.scores.items():
             name = _HEADINGS.get(mode, mode)
             table.add_row(*([name] if self.by is None else [name, "all"]), *_cells(score))
@@ -159,12 +160,13 @@ def _mean(values: Iterable[float]) -> float:
 
 def _cells(score: Score) -> list[str]:
     return [
-        f"{score.accuracy:.1%} ± {score.standard_error:.1%}" if score.judged else "none judged",
+        f"{100 * score.accuracy:.1f} ± {100 * score.standard_error:.1f} %"
+        if score.judged
+        else "none judged",
         str(score.answers),
         f"{score.imagining:.1%}",
         f"{score.spans:.2f}",
         f"{score.latents:.1f}",
-        f"{score.tokens:.1f}",
         f"{score.cut_short:.1%}",
     ]
 

@@ -31,7 +31,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         values = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
-        raise RecipeError(f"{path}: the recipe cannot be read ({reason}); check the path") from error
+        raise RecipeError(
+            f"{path}: the recipe cannot be read ({reason}); check the path"
+        ) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML; correct it here: {_one_line(error)}") from error
     if not isinstance(values, dict):
@@ -51,7 +53,8 @@ def parse_recipe(values: Mapping[str, Any], *, source: str, folder: Path) -> Rec
     try:
         recipe = model.model_validate(values, context={"folder": folder})
     except ValidationError as error:
-        problems = [_problem(model, dict(details)) for details in error.errors(include_url=False)]
+        found = [_problem(model, dict(details)) for details in error.errors(include_url=False)]
+        problems = list({line.split(":")[0]: line for line in reversed(found)}.values())[::-1]
     else:
         problems = list(_extra_problems(recipe))
         if not problems:
@@ -91,7 +94,9 @@ def _override(values: dict[str, Any], text: str) -> None:
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {text}: the value is not valid YAML; {_one_line(error)}") from error
+        raise RecipeError(
+            f"--set {text}: the value is not valid YAML; {_one_line(error)}"
+        ) from error
     here: Any = values
     for place, step in enumerate(path):
         last = place == len(path) - 1
@@ -110,7 +115,7 @@ def _override(values: dict[str, Any], text: str) -> None:
 
 def _problem(model: type[BaseModel], details: dict[str, Any]) -> str:
     """One line: dotted key, what is wrong, what to do."""
-    loc = tuple(details["loc"])
+    loc = _location(model, details["loc"])
     key = ".".join(str(part) for part in loc)
     if details["type"] == "extra_forbidden":
         return f"{key}: unknown key; {_suggestion(model, loc)}"
@@ -121,6 +126,20 @@ def _problem(model: type[BaseModel], details: dict[str, Any]) -> str:
         return f"{key}: {details['ctx']['error']}"
     expected = details["msg"].removeprefix("Input should be ").split(", unable")[0]
     return f"{key}: must be {expected}, got {_given(details['input'])}"
+
+
+def _location(model: type[BaseModel], loc: Sequence[Any]) -> tuple[Any, ...]:
+    """Without the names of alternatives that pydantic puts where a value may have several types."""
+    known = set(_dotted(model))
+    parts: list[Any] = []
+    for place, part in enumerate(loc):
+        names = [str(p) for p in (*parts, part) if not isinstance(p, int)]
+        here = ".".join(names)
+        parent = ".".join(names[:-1])
+        free = parent in known and not any(k.startswith(parent + ".") for k in known)
+        if isinstance(part, int) or here in known or (place == len(loc) - 1 and not free):
+            parts.append(part)
+    return tuple(parts)
 
 
 def _suggestion(model: type[BaseModel], loc: tuple[Any, ...]) -> str:
@@ -161,16 +180,18 @@ def _extra_problems(recipe: Recipe) -> Iterator[str]:
     from recipes.configs import config_class  # here, because it loads the trainers
 
     types = {
-        name: field.type for name, field in config_class(recipe).__dataclass_fields__.items() if field.init
+        name: field.type
+        for name, field in config_class(recipe).__dataclass_fields__.items()
+        if field.init
     }
     own = {argument: key for key, argument in recipe.train.RENAMED.items()}
-    own |= {k: k for k in recipe.train.arguments() if k not in own.values()}
+    own |= {a: a for a in recipe.train.arguments() if a not in own}
     for name, value in recipe.train.extra.items():
         key = f"train.extra.{name}"
-        if name in own:
-            yield f"{key}: the recipe has a key for this; write train.{own[name]}"
-        elif name in _SET_BY_RUN:
+        if name in _SET_BY_RUN:
             yield f"{key}: Foresight sets this itself; {_SET_BY_RUN[name]}"
+        elif name in own:
+            yield f"{key}: the recipe has a key for this; write train.{own[name]}"
         elif name not in types:
             close = get_close_matches(name, types, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "it names no argument of the trainer"

@@ -1,11 +1,11 @@
 """What a run keeps on disk, and what that says about resuming it.
 
-    recipe.yaml         the recipe with all its defaults
-    start/              the policy the run started from, if it had to be made
-    checkpoints/        checkpoint-<step>/, whole once they hold their state file
-    metrics.jsonl       one line a log
-    policy/             the trained policy
-    result.json         written last: the run is finished
+recipe.yaml         the recipe with all its defaults
+start/              the policy the run started from, if it had to be made
+checkpoints/        checkpoint-<step>/, whole once they hold their state file
+metrics.jsonl       one line a log
+policy/             the trained policy
+result.json         written last: the run is finished
 """
 
 from __future__ import annotations
@@ -72,7 +72,11 @@ class RunFolder:
         step = int(read_state(newest)["step"]) if newest else 0
         later = (p for p in found if p not in whole and int(p.name.rsplit("-", 1)[1]) > step)
         if self.metrics.is_file():
-            kept = [line for line in self.metrics.read_text().splitlines() if _step(line) in range(step + 1)]
+            kept = [
+                line
+                for line in self.metrics.read_text().splitlines()
+                if _step(line) in range(step + 1)
+            ]
             # A fresh start logs step 0 itself.
             kept = kept if newest else []
             draft = self.metrics.with_name("metrics.jsonl.part")

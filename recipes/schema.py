@@ -19,6 +19,7 @@ from rl.policy.protocol import Density, Imagine
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 
@@ -38,9 +39,9 @@ class Section(BaseModel):
 
 
 class HeadSection(Section):
-    kind: HeadKind = Field("identity", description="What maps hidden states to latents.")
+    kind: HeadKind = Field(default="identity", description="What maps hidden states to latents.")
     width: Count | None = Field(
-        None, description="Inner width, in units of the hidden state; null: the kind's own."
+        default=None, description="Inner width, in units of the hidden state; null: the kind's own."
     )
 
 
@@ -51,25 +52,26 @@ class PolicySection(Section):
         description="A folder with a policy or a plain video model, or a model's name on the Hub."
     )
     min_length: Count | None = Field(
-        None, description="Least latents in a span; null: the policy's."
+        default=None, description="Least latents in a span; null: the policy's."
     )
     max_length: Count | None = Field(
-        None, description="Most latents in a span; null: the policy's."
+        default=None, description="Most latents in a span; null: the policy's."
     )
     max_spans: Count | None = Field(
-        None, description="Most spans in a completion; null: the policy's."
+        default=None, description="Most spans in a completion; null: the policy's."
     )
     noise_scale: NotNegative | None = Field(
-        None, description="Noise of a latent relative to its mean's norm; null: the policy's."
+        default=None,
+        description="Noise of a latent relative to its mean's norm; null: the policy's.",
     )
     density: Density | None = Field(
-        None, description="Distribution of a latent: gaussian or vmf; null: the policy's."
+        default=None, description="Distribution of a latent: gaussian or vmf; null: the policy's."
     )
     head: HeadSection | None = Field(
-        None, description="Latent head of a plain model; a policy keeps the one it has."
+        default=None, description="Latent head of a plain model; a policy keeps the one it has."
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32",
+        default="float32",
         description="What the trainer holds its weights in. On a GPU it computes in bfloat16 anyway.",
     )
 
@@ -86,46 +88,53 @@ class DataSection(Section):
 
     train: RecipePath = Field(description="Manifest to train on.")
     validation: RecipePath | None = Field(
-        None, description="Manifest for greedy accuracy during training."
+        default=None, description="Manifest for greedy accuracy during training."
     )
     validation_limit: Count | None = Field(
-        None, description="Use its first so many rows; null: all."
+        default=None, description="Use its first so many rows; null: all."
     )
     video_root: RecipePath | None = Field(
-        None, description="Folder that video paths start from; null: that of their manifest."
+        default=None,
+        description="Folder that video paths start from; null: that of their manifest.",
     )
     default_frames: Count = Field(
-        16, description="Frames shown of rows that list none (Future-L1: at most 16)."
+        default=16, description="Frames shown of rows that list none (Future-L1: at most 16)."
     )
     limit: Count | None = Field(
-        None, description="Train on the manifest's first so many rows; null: all."
+        default=None, description="Train on the manifest's first so many rows; null: all."
     )
-    system_prompt: str | None = Field(None, description="Opens every prompt; null: none.")
+    system_prompt: str | None = Field(default=None, description="Opens every prompt; null: none.")
 
 
 class RaySection(Section):
     address: str | None = Field(
-        None, description="Ray cluster to join, such as ray://head:10001; null: this machine."
+        default=None,
+        description="Ray cluster to join, such as ray://head:10001; null: this machine.",
     )
 
 
 class RolloutsSection(Section):
     """The workers that sample."""
 
-    engine: Literal["transformers"] = Field("transformers", description="What samples.")
-    workers: Count = Field(1, description="Ray actors, each with its own copy of the policy.")
-    max_batch_size: Count = Field(64, description="Trajectories a worker samples side by side.")
+    engine: Literal["transformers"] = Field(default="transformers", description="What samples.")
+    workers: Count = Field(
+        default=1, description="Ray actors, each with its own copy of the policy."
+    )
+    max_batch_size: Count = Field(
+        default=64, description="Trajectories a worker samples side by side."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
+        default="auto",
         description="Weights of the workers; auto: bfloat16 on a GPU, float32 on a CPU.",
     )
-    ray: RaySection = Field(RaySection(), description="Where the workers run.")
-    cpus_per_worker: Positive = Field(1.0, description="CPU cores reserved for a worker.")
+    ray: RaySection = Field(default=RaySection(), description="Where the workers run.")
+    cpus_per_worker: Positive = Field(default=1.0, description="CPU cores reserved for a worker.")
     gpus_per_worker: NotNegative | None = Field(
-        None, description="GPUs, or a share of one; null: this machine's, shared out evenly."
+        default=None,
+        description="GPUs, or a share of one; null: this machine's, shared out evenly.",
     )
     timeout_s: Positive = Field(
-        600.0, description="Seconds until a call to a worker counts as failed."
+        default=600.0, description="Seconds until a call to a worker counts as failed."
     )
 
     @field_validator("engine", mode="before")
@@ -140,17 +149,19 @@ class RewardSection(Section):
     """One reward by name; `rewards.registry` knows which there are."""
 
     use: str = Field(description="Name of the reward, such as accuracy.")
-    weight: float | None = Field(None, description="Weight in the sum; null: the reward's own.")
-    options: dict[str, Any] = Field({}, description="Options of the reward.")
+    weight: float | None = Field(
+        default=None, description="Weight in the sum; null: the reward's own."
+    )
+    options: dict[str, Any] = Field(default={}, description="Options of the reward.")
 
 
 class LoraSection(Section):
     """Low-rank adapters in the place of full training."""
 
-    r: Count = Field(16, description="Rank.")
-    alpha: Positive = Field(32.0, description="Scale: adapters count alpha/r times.")
+    r: Count = Field(default=16, description="Rank.")
+    alpha: Positive = Field(default=32.0, description="Scale: adapters count alpha/r times.")
     target_modules: list[str] | str = Field(
-        ["q_proj", "k_proj", "v_proj", "o_proj"],
+        default=["q_proj", "k_proj", "v_proj", "o_proj"],
         description="Layers to adapt, by the ends of their names, or 'all-linear'.",
     )
 
@@ -172,24 +183,29 @@ class TrainSection(Section):
     max_steps: Count
     learning_rate: Positive
     warmup: NotNegative
-    schedule: Literal["constant", "linear", "cosine"]
-    weight_decay: NotNegative = Field(0.01, description="AdamW's weight decay (Future-L1, RL).")
-    max_grad_norm: Positive = Field(1.0, description="Gradients are scaled down to this norm.")
+    schedule: Schedule
+    weight_decay: NotNegative
+    max_grad_norm: Positive = Field(
+        default=1.0, description="Gradients are scaled down to this norm."
+    )
     micro_batch: Count = Field(
-        8, description="At most so many rows in one forward pass; the rest accumulates."
+        default=8, description="At most so many rows in one forward pass; the rest accumulates."
     )
     gradient_checkpointing: bool = Field(
-        True, description="Trade a second forward pass for memory."
+        default=True, description="Trade a second forward pass for memory."
     )
-    lora: LoraSection | None = Field(None, description="Train adapters; null: all weights.")
-    save_every: Count = Field(20, description="Steps between checkpoints.")
-    keep_checkpoints: Count | None = Field(2, description="Older ones are deleted; null: none.")
-    log_every: Count = Field(1, description="Steps between lines of metrics.jsonl.")
+    lora: LoraSection | None = Field(default=None, description="Train adapters; null: all weights.")
+    save_every: Count = Field(default=20, description="Steps between checkpoints.")
+    keep_checkpoints: Count | None = Field(
+        default=2, description="Older ones are deleted; null: none."
+    )
+    log_every: Count = Field(default=1, description="Steps between lines of metrics.jsonl.")
     validate_every: Count | None = Field(
-        None, description="Steps between validations, which also run first and last; null: none."
+        default=None,
+        description="Steps between validations, which also run first and last; null: none.",
     )
     extra: dict[str, Any] = Field(
-        {}, description="Further arguments of the trainer's config, passed on as they are."
+        default={}, description="Further arguments of the trainer's config, passed on as they are."
     )
 
     @property
@@ -219,51 +235,66 @@ class LADAPOSection(TrainSection):
     RENAMED: ClassVar[dict[str, str]] = TrainSection.RENAMED | {"group_size": "num_generations"}
     APART: ClassVar[frozenset[str]] = TrainSection.APART | {"prompts_per_step"}
 
-    max_steps: Count = Field(312, description="Updates (Future-L1: 20K samples, 64 a step).")
-    learning_rate: Positive = Field(1e-6, description="AdamW's (Future-L1).")
-    warmup: NotNegative = Field(0, description="Steps, or a share of them below 1 (Future-L1: 0).")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Learning rate after the warmup."
+    max_steps: Count = Field(
+        default=312, description="Updates (Future-L1: 20K samples, 64 a step)."
     )
-    prompts_per_step: Count = Field(64, description="Groups a step (Future-L1).")
+    learning_rate: Positive = Field(default=1e-6, description="AdamW's (Future-L1).")
+    warmup: NotNegative = Field(
+        default=0, description="Steps, or a share of them below 1 (Future-L1: 0)."
+    )
+    schedule: Schedule = Field(default="constant_with_warmup", description="Of the learning rate.")
+    weight_decay: NotNegative = Field(default=0.01, description="AdamW's weight decay (Future-L1).")
+    prompts_per_step: Count = Field(default=64, description="Groups a step (Future-L1).")
     group_size: Annotated[int, Field(ge=2)] = Field(
-        8, description="G, trajectories of one prompt (Future-L1)."
+        default=8, description="G, trajectories of one prompt (Future-L1)."
     )
-    max_completion_length: Count = Field(2048, description="Tokens and latents (Future-L1).")
-    temperature: Positive = Field(0.9, description="Of sampling and of log-probs (Future-L1).")
-    epsilon: Share = Field(0.2, description="Lower clip of the token ratio (DAPO, Future-L1).")
-    epsilon_high: Positive = Field(0.28, description="Upper clip of it (DAPO, Future-L1).")
+    max_completion_length: Count = Field(
+        default=2048, description="Most tokens and latents in a completion (Future-L1)."
+    )
+    temperature: Positive = Field(
+        default=0.9, description="Of sampling and of log-probs (Future-L1)."
+    )
+    epsilon: Share = Field(
+        default=0.2, description="Lower clip of the token ratio (DAPO, Future-L1)."
+    )
+    epsilon_high: Positive = Field(default=0.28, description="Upper clip of it (DAPO, Future-L1).")
     beta: NotNegative = Field(
-        0.0,
+        default=0.0,
         description="KL of tokens to the starting policy (Future-L1: 0.01; takes a second copy).",
     )
     latent_alpha: NotNegative = Field(
-        0.5, description="α, weight of the latent term (Future-L1's DePO mode); needs noise."
+        default=0.5,
+        description="α, weight of the latent term (Future-L1's DePO mode); needs noise.",
     )
-    latent_epsilon: Share = Field(0.1, description="Lower clip of the latent ratio (Future-L1).")
+    latent_epsilon: Share = Field(
+        default=0.1, description="Lower clip of the latent ratio (Future-L1)."
+    )
     latent_epsilon_high: Positive | None = Field(
-        None, description="Upper clip of it; null: the same as the lower."
+        default=None, description="Upper clip of it; null: the same as the lower."
     )
     latent_reduction: Reduction = Field(
-        "sqrt_dim", description="How log-densities over the hidden width enter the ratio (ours)."
+        default="sqrt_dim",
+        description="How log-densities over the hidden width enter the ratio (ours).",
     )
     latent_beta: NotNegative = Field(
-        0.0, description="KL of latents to the starting policy (takes a second copy)."
+        default=0.0, description="KL of latents to the starting policy (takes a second copy)."
     )
     filter_low: Share = Field(
-        0.1, description="Train on groups with accuracy above this (Future-L1)."
+        default=0.1, description="Train on groups with accuracy above this (Future-L1)."
     )
     filter_high: Share = Field(
-        0.9, description="Train on groups with accuracy below this (Future-L1)."
+        default=0.9, description="Train on groups with accuracy below this (Future-L1)."
     )
     max_refills: Annotated[int, Field(ge=0)] = Field(
-        20, description="Times a step samples new prompts for dropped groups (Future-L1)."
+        default=20, description="Times a step samples new prompts for dropped groups (Future-L1)."
     )
     gate_shaping: bool = Field(
-        True, description="No gradient from shaped rewards where all are right or all wrong."
+        default=True,
+        description="No gradient from shaped rewards where all are right or all wrong.",
     )
     max_mismatch: Positive | None = Field(
-        None, description="Stop when replay differs from the sampler by more (log-prob); null: go on."
+        default=None,
+        description="Stop when replay differs from the sampler by more (log-prob); null: go on.",
     )
 
     @property
@@ -271,15 +302,70 @@ class LADAPOSection(TrainSection):
         return self.prompts_per_step * self.group_size
 
 
+class ImagineShare(Section):
+    """A share for each value of a manifest column."""
+
+    column: str = Field(description="Name of the column.")
+    shares: dict[str, Share] = Field(description="Probability of latent spans, by the value.")
+
+
+class SFTSection(TrainSection):
+    """SFT with latent alignment (`rl.sft.trainer`)."""
+
+    APART: ClassVar[frozenset[str]] = TrainSection.APART | {"batch_size", "max_completion_length"}
+
+    max_steps: Count = Field(
+        default=390, description="Updates (Future-L1: 50K samples, 128 a step)."
+    )
+    learning_rate: Positive = Field(default=1e-5, description="AdamW's (Future-L1).")
+    warmup: NotNegative = Field(
+        default=0.1, description="Steps, or a share of them below 1 (Future-L1)."
+    )
+    schedule: Schedule = Field(default="cosine", description="Of the learning rate (Future-L1).")
+    weight_decay: NotNegative = Field(default=0.1, description="AdamW's weight decay (Future-L1).")
+    batch_size: Count = Field(default=128, description="Rows a step (Future-L1).")
+    latent_weight: NotNegative = Field(
+        default=1.0,
+        description="λ of the latent loss, which is divided by the targets' variance (Future-L1: 0.2, undivided).",
+    )
+    latent_loss: Literal["mse", "cosine"] = Field(
+        default="mse", description="Its kind (Future-L1)."
+    )
+    tokens_per_patch: Count = Field(default=1, description="Latents for each frame pair of a span.")
+    imagine_share: Share | ImagineShare = Field(
+        default=1.0, description="Probability that a row is taught with its latent spans."
+    )
+    answer_template: str = Field(
+        default="<answer>{answer}</answer>", description="The text taught after the spans."
+    )
+    freeze_vision: bool = Field(
+        default=True, description="Leave the vision tower as it is (Future-L1)."
+    )
+    start_at_mean: bool = Field(
+        default=False,
+        description="Set the bias of a linear head to the mean target before training.",
+    )
+    max_completion_length: Count = Field(
+        default=2048,
+        description="Most tokens and latents of an answer in validation and evaluation.",
+    )
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size
+
+
 class EvaluationSection(Section):
     """Greedy accuracy of the trained policy, at the end of the run."""
 
     manifest: RecipePath = Field(description="Manifest to evaluate on.")
     modes: Annotated[list[Imagine], Field(min_length=1)] = Field(
-        ["free", "always", "never"], description="Imagining left free, forced, forbidden."
+        default=["free", "always", "never"], description="Imagining left free, forced, forbidden."
     )
-    limit: Count | None = Field(None, description="Its first so many rows; null: all.")
-    by: str | None = Field(None, description="Manifest column to break the figures down by.")
+    limit: Count | None = Field(default=None, description="Its first so many rows; null: all.")
+    by: str | None = Field(
+        default=None, description="Manifest column to break the figures down by."
+    )
 
 
 class _Recipe(Section):
@@ -289,12 +375,12 @@ class _Recipe(Section):
     )
 
     stage: str
-    name: str = Field("run", description="What the run is called in messages.")
-    seed: int = Field(0, description="Of everything random in the run.")
+    name: str = Field(default="run", description="What the run is called in messages.")
+    seed: int = Field(default=0, description="Of everything random in the run.")
     output: RecipePath = Field(description="Run folder: checkpoints, metrics, the trained policy.")
     policy: PolicySection
     data: DataSection
-    evaluation: EvaluationSection | None = Field(None, description="Null: none.")
+    evaluation: EvaluationSection | None = Field(default=None, description="Null: none.")
 
 
 class LADAPORecipe(_Recipe):
@@ -311,12 +397,21 @@ class LADAPORecipe(_Recipe):
     }
 
     stage: Literal["la_dapo"] = Field(description="Selects this stage.")
-    rollouts: RolloutsSection = Field(RolloutsSection(), description="The workers that sample.")
+    rollouts: RolloutsSection = Field(
+        default=RolloutsSection(), description="The workers that sample."
+    )
     rewards: Annotated[list[RewardSection], Field(min_length=1)] = Field(
-        [
+        default=[
             RewardSection(use=name)
             for name in ("accuracy", "format", "outcome_contrastive", "temporal_diversity")
         ],
         description="What is rewarded, with LA-DAPO's weights unless given.",
     )
-    train: LADAPOSection = Field(LADAPOSection(), description="LA-DAPO's settings.")
+    train: LADAPOSection = Field(default=LADAPOSection(), description="LA-DAPO's settings.")
+
+
+class SFTRecipe(_Recipe):
+    """Supervised fine-tuning with latent alignment."""
+
+    stage: Literal["sft"] = Field(description="Selects this stage.")
+    train: SFTSection = Field(default=SFTSection(), description="SFT's settings.")

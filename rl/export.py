@@ -100,7 +100,9 @@ def whole_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Pat
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; give a folder")
     if taken and not overwrite:
-        raise CheckpointError(f"{target} is not empty; give another folder, or overwrite it (--overwrite)")
+        raise CheckpointError(
+            f"{target} is not empty; give another folder, or overwrite it (--overwrite)"
+        )
     draft = target.with_name(f".{target.name}.part-{os.getpid()}")
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     draft.mkdir(parents=True)
@@ -123,7 +125,9 @@ def verify(policy: Any, folder: str | Path) -> None:
     reloaded = load_policy(folder, dtype=policy.dtype).eval()
     ours, theirs = policy.state_dict(), reloaded.state_dict()
     changed = [
-        name for name in ours if name not in theirs or not torch.equal(ours[name].cpu(), theirs[name].cpu())
+        name
+        for name in ours
+        if name not in theirs or not torch.equal(ours[name].cpu(), theirs[name].cpu())
     ]
     if changed or len(ours) != len(theirs):
         raise CheckpointError(
@@ -133,7 +137,9 @@ def verify(policy: Any, folder: str | Path) -> None:
     ids, latents = _probe(policy, folder)
     gap = max(
         (a - b).abs().max().item()
-        for a, b in zip(_outputs(policy, ids, latents), _outputs(reloaded, ids, latents), strict=True)
+        for a, b in zip(
+            _outputs(policy, ids, latents), _outputs(reloaded, ids, latents), strict=True
+        )
     )
     if not gap <= _TOLERANCE:
         raise CheckpointError(
@@ -154,7 +160,9 @@ def _probe(policy: Any, folder: str | Path) -> tuple[torch.Tensor, torch.Tensor]
     return ids, noise * spread
 
 
-def _outputs(policy: Any, ids: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _outputs(
+    policy: Any, ids: torch.Tensor, latents: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [1, P, V] and latent means [1, P, H], computed in float32."""
     dtype, training = policy.dtype, policy.training
     _cast(policy.eval(), torch.float32)
@@ -193,11 +201,15 @@ def _load(folder: Path, base: Path | None) -> Any:
     from peft import PeftModel
 
     if base is None:
-        base = Path(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
-    if not is_policy(base):
-        raise CheckpointError(
-            f"{folder} holds LoRA adapters, and {base}, which they belong to, is no policy folder; say where the policy "
-            "is that they were trained on (--base)"
+        base = Path(
+            json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         )
-    adapted: Any = PeftModel.from_pretrained(load_policy(base, dtype="auto"), str(folder))
+    try:
+        policy = load_policy(base, dtype="auto")
+    except (OSError, PolicyError) as error:
+        raise CheckpointError(
+            f"{folder} holds LoRA adapters, and {base}, which they belong to, cannot be loaded as a policy; say where "
+            f"the policy is that they were trained on (--base). {error}"
+        ) from error
+    adapted: Any = PeftModel.from_pretrained(policy, str(folder))
     return adapted.merge_and_unload()

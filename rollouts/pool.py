@@ -80,6 +80,7 @@ class RolloutPool:
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             _start_ray(address, max(os.cpu_count() or 1, round(workers * cpus_per_worker)))
+        _check_resources(workers, cpus_per_worker, gpus_per_worker)
         actor = ray.remote(RolloutWorker).options(
             num_cpus=cpus_per_worker, num_gpus=gpus_per_worker
         )
@@ -174,3 +175,14 @@ def _start_ray(address: str | None, cpus: int) -> None:
         ray.init(address=address, logging_level=logging.WARNING)
         return
     ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+
+
+def _check_resources(workers: int, cpus: float, gpus: float) -> None:
+    """Refuse at once what Ray would wait for in silence."""
+    there = ray.cluster_resources()
+    for name, key, each in (("CPUs", "CPU", cpus), ("GPUs", "GPU", gpus)):
+        if workers * each > there.get(key, 0.0):
+            raise RolloutError(
+                f"{workers} workers with {each:g} {name} each need {workers * each:g} {name}, Ray "
+                f"has {there.get(key, 0.0):g}; lower rollouts.workers or what each worker takes"
+            )

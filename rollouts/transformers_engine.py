@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from rl.data.media import MediaProcessor
-from rl.errors import RolloutError
+from rl.errors import RolloutError, VideoError
 from rl.interfaces import Media, MediaSource, WeightUpdate
 from rl.policy.density import log_density, sample_latents
 from rl.policy.noise import Stream, uniform
 from rl.policy.protocol import SLOT_OF_STEP, Slot, SpanState, Step
 from rl.policy.scores import end_logprobs, full_logits, text_logits
 from rl.scoring import media_types
-from rl.trajectory import RolloutRequest, Sampling, Trajectory, TrajectoryGroup
+from rl.trajectory import RolloutRequest, Sample, Sampling, Trajectory, TrajectoryGroup
 from rl.weights import state_checksum
 
 
@@ -83,7 +83,7 @@ class TransformersEngine:
     def generate(self, requests: Sequence[RolloutRequest]) -> list[TrajectoryGroup]:
         """Sample every request; groups come back in the order of the requests."""
         started = time.perf_counter()
-        clips = [[self.media.get(self.processor.key(r.sample))] for r in requests]
+        clips = [[self._clip(r.sample)] for r in requests]
         groups: list[TrajectoryGroup] = []
         first = 0
         while first < len(requests):
@@ -94,6 +94,12 @@ class TransformersEngine:
             first = last
         self._busy += time.perf_counter() - started
         return groups
+
+    def _clip(self, sample: Sample) -> Media:
+        try:
+            return self.media.get(self.processor.key(sample))
+        except VideoError as error:
+            raise VideoError(f"sample {sample.id!r}: {error}") from error
 
     def update_weights(self, update: WeightUpdate) -> int:
         """Load the parameters of `update` in place and take its version."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,7 @@ class RolloutWorker:
         return self._engine.update_weights(update)
 
     def health(self) -> dict[str, Any]:
-        return self._engine.health()
+        return {"pid": os.getpid(), **self._engine.health()}
 
 
 def fetch(ref: Any, timeout: float | None = None) -> Any:

@@ -174,7 +174,13 @@ def policy_class(base: type[PreTrainedModel]) -> type[Any]:
     ) or get_checkpoint_conversion_mapping(base.config_class.model_type)
     if renaming is not None:
         register_checkpoint_conversion_mapping(name, renaming, overwrite=True)
-    return type(name, (LatentPolicy, base), {"__module__": __name__})
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return LatentPolicy.forward(self, *args, **kwargs)
+
+    # `generate` reads off the signature which inputs a model takes.
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    return type(name, (LatentPolicy, base), {"__module__": __name__, "forward": forward})
 
 
 def make_policy(

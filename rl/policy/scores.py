@@ -36,7 +36,9 @@ class Scores:
     means: torch.Tensor  # [L, H], of the latents in row-major order
 
 
-def full_logits(lm_head: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+def full_logits(
+    lm_head: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor
+) -> torch.Tensor:
     """float32 logits [N, V] of hidden states [N, H], whatever the dtype of the model.
 
     In bf16 a logit of 20 is only known to 0.06, so sampler and replay would disagree by more than the rest of the

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -13,7 +14,9 @@ from rl.policy.model import LatentPolicy
 from rl.sft.alignment import pool_frames, target_variance
 from rl.trajectory import Sample
 
-BATCH_PATCHES = 1 << 15  # patches that go through the tower at the same time, unless one clip alone has more
+BATCH_PATCHES = (
+    1 << 15
+)  # patches that go through the tower at the same time, unless one clip alone has more
 
 Progress = Callable[[int, int], object]  # called with (clips done, clips in all)
 
@@ -67,14 +70,16 @@ def compute_targets(
 
 
 def _pooled(
-    policy: LatentPolicy,
+    policy: Any,
     media: MediaProcessor,
     clips: Sequence[dict[str, torch.Tensor]],
     tokens_per_patch: int,
 ) -> list[torch.Tensor]:
     grid = torch.cat([clip["video_grid_thw"] for clip in clips])
     pixels = torch.cat([clip["pixel_values_videos"] for clip in clips])
-    output = policy.get_video_features(pixels.to(policy.device, policy.dtype), grid.to(policy.device))
+    output = policy.get_video_features(
+        pixels.to(policy.device, policy.dtype), grid.to(policy.device)
+    )
     return [
         pool_frames(tokens.view(int(thw[0]), -1, tokens.shape[-1]), tokens_per_patch).float().cpu()
         for tokens, thw in zip(output.pooler_output, grid, strict=True)

@@ -1,7 +1,8 @@
 """What SFT teaches: for each sample the completion, with the features of future frames as its latents.
 
 A taught completion is a `Trajectory` whose latents nobody sampled. It is scored by the replay that RL uses, so the two
-stages cannot disagree about which positions are choices, what is banned there, or which hidden state is a latent's mean.
+stages cannot disagree about which positions are choices, what is banned there, or which hidden state gives a latent's
+mean.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def span_lengths(
         lengths.append(patches * tokens_per_patch)
         if not protocol.min_length <= lengths[-1] <= protocol.max_length:
             raise DataError(
-                f"{where}: span {number} of column 'imagine' has {len(frames)} frames, which make {lengths[-1]} latents "
+                f"{where}: span {number} of column 'imagine' has {len(frames)} frames, so {lengths[-1]} latents "
                 f"({temporal_patch_size} frames a patch, {tokens_per_patch} latents a patch); the protocol allows "
                 f"{protocol.min_length} to {protocol.max_length}: list other frames, or change the protocol's "
                 "min_length and max_length or tokens_per_patch"

@@ -1,4 +1,4 @@
-"""SFT with latent alignment: cross-entropy on what a policy decides, plus a pull of its latents towards future frames."""
+"""SFT with latent alignment: cross-entropy on what a policy decides, and a pull of its latents to future frames."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ class LatentSFTConfig(TrainingArguments):
     )
     start_at_mean: bool = field(
         default=False,
-        metadata={"help": "Set the latent head's last bias to the mean target before training."},
+        metadata={
+            "help": "Let the latent head begin by predicting the mean target. For new heads."
+        },
     )
     media_cache: int = field(
         default=4096, metadata={"help": "Processed clips kept in memory, for prompts."}
@@ -130,11 +132,12 @@ class LatentSFTTrainer(Trainer):
         self.samples = list(train_dataset)
         self.media, self.source = media, source or LocalMedia(media, args.media_cache)
         self.targets = targets
-        policy = _policy(model)
+        # Looked up once: telling a PEFT model costs milliseconds.
+        self.policy: LatentPolicy = model.get_base_model() if is_peft_model(model) else model
         self._lengths = [
             span_lengths(
                 s,
-                policy.protocol,
+                self.policy.protocol,
                 temporal_patch_size=media.temporal_patch_size,
                 tokens_per_patch=args.tokens_per_patch,
             )
@@ -142,11 +145,11 @@ class LatentSFTTrainer(Trainer):
         ]
         self._shares = [imagine_probability(s, args.imagine_share) for s in self.samples]
         self._answers = [self._answer(s, args.answer_template) for s in self.samples]
-        self._eos = _end_of_sequence(policy, media.tokenizer)
+        self._eos = _end_of_sequence(self.policy, media.tokenizer)
         self._prompts: dict[int, tuple[np.ndarray, MediaKey]] = {}
         self._sums: dict[str, list[torch.Tensor]] = defaultdict(list)
         if args.freeze_vision:
-            vision_tower(policy).requires_grad_(False)
+            vision_tower(self.policy).requires_grad_(False)
         super().__init__(
             model=model,
             args=args,
@@ -159,15 +162,10 @@ class LatentSFTTrainer(Trainer):
         # The loss is a mean over the micro-batch; transformers must divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
 
-    @property
-    def policy(self) -> LatentPolicy:
-        """The policy inside whatever wraps it."""
-        return _policy(self.accelerator.unwrap_model(self.model))
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the targets if need be, then train as `transformers.Trainer` does."""
         if self.targets is None:
-            with Progress(disable=self.args.disable_tqdm) as bar:
+            with Progress(disable=bool(self.args.disable_tqdm)) as bar:
                 task = bar.add_task("features of future frames", total=None)
                 self.targets = compute_targets(
                     self.policy,
@@ -271,17 +269,14 @@ def vision_tower(policy: LatentPolicy) -> nn.Module:
 
 @torch.no_grad()
 def start_head_at(head: nn.Module, mean: torch.Tensor) -> None:
-    """Set the bias of the head's last linear layer to `mean` [H]; `PolicyError` if it has none."""
+    """Make the head predict `mean` [H] whatever it sees; `PolicyError` if its last layer is no linear one with bias."""
     linears = [m for m in head.modules() if isinstance(m, nn.Linear)]
     if not linears or linears[-1].bias is None:
         raise PolicyError(
             "start_at_mean needs a latent head that ends in a linear layer with a bias; choose another head or unset it"
         )
+    linears[-1].weight.zero_()
     linears[-1].bias.copy_(mean)
-
-
-def _policy(model: Any) -> Any:
-    return model.get_base_model() if is_peft_model(model) else model
 
 
 def _end_of_sequence(policy: LatentPolicy, tokenizer: Any) -> int:
@@ -289,5 +284,7 @@ def _end_of_sequence(policy: LatentPolicy, tokenizer: Any) -> int:
         return int(tokenizer.eos_token_id)
     eos = policy.generation_config.eos_token_id if policy.generation_config else None
     if eos is None:
-        raise PolicyError("neither the tokenizer nor the policy names an end-of-sequence token; set one of them")
+        raise PolicyError(
+            "neither the tokenizer nor the policy names an end-of-sequence token; set one of them"
+        )
     return int(eos[0] if isinstance(eos, list) else eos)

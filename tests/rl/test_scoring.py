@@ -53,12 +53,14 @@ def gaps(policy, media, trajectories) -> dict[str, float]:
     return result
 
 
+# The error of a latent's log-density is that of its mean divided by the noise: at a noise scale of
+# 0.1 it is ten times what it is here. `docs/exactness.md` has the measured figures.
 PROTOCOLS = {
     "free length, Gaussian": LatentProtocol(
-        min_length=1, max_length=4, max_spans=3, noise_scale=0.5
+        min_length=1, max_length=4, max_spans=3, noise_scale=1.0
     ),
     "fixed length, von Mises-Fisher": LatentProtocol(
-        min_length=3, max_length=3, max_spans=2, noise_scale=0.5, density="vmf"
+        min_length=3, max_length=3, max_spans=2, noise_scale=1.0, density="vmf"
     ),
 }
 
@@ -67,8 +69,10 @@ PROTOCOLS = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fresh_trajectories_replay_exactly(family, protocol, tmp_path):
     # Qwen3.5 decodes by another algorithm (recurrent) than it scores (chunked): more rounding.
-    boldness = 0.4 if family == "qwen3_5" else 0.8
-    policy, media, trajectories = sampled(tmp_path, family, protocol=protocol, boldness=boldness)
+    boldness = 0.6 if family == "qwen3_5" else 0.8
+    policy, media, trajectories = sampled(
+        tmp_path, family, protocol=protocol, boldness=boldness, head="identity"
+    )
     kinds = np.concatenate([t.decision for t in trajectories])
     assert sum(len(t.span_lengths) > 1 for t in trajectories) > 1
     assert {t.finish_reason for t in trajectories} == {"stop", "length"}
@@ -82,6 +86,14 @@ def test_fresh_trajectories_replay_exactly(family, protocol, tmp_path):
     found = gaps(policy, media, trajectories)
     assert max(found.values()) <= 1e-5, found
     assert found["forced"] == 0
+
+
+@pytest.mark.parametrize("head", ["mlp", "swiglu"])
+def test_heads_replay_exactly(head, tmp_path):
+    protocol = PROTOCOLS["free length, Gaussian"]
+    policy, media, trajectories = sampled(tmp_path, head=head, protocol=protocol)
+    found = gaps(policy, media, trajectories)
+    assert max(found.values()) <= 1e-5, found
 
 
 def test_bf16_replays_within_its_precision(tmp_path):
@@ -180,7 +192,7 @@ def test_gradient_of_the_latent_term_by_finite_differences(tmp_path):
         parameter = policy.get_parameter(name)
         direction = torch.randn_like(parameter)
         slope = (parameter.grad * direction).sum().item()
-        step = 1e-3
+        step = 1e-4
         with torch.no_grad():
             parameter.add_(direction, alpha=step)
             up = value().item()

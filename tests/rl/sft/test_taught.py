@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rl.errors import DataError
+from rl.policy.protocol import LatentProtocol, LatentTokens, Slot
+from rl.sft.taught import completion_ids, span_lengths
+from rl.trajectory import Sample
+
+TOKENS = LatentTokens(start=90, end=91, filler=92)
+EOS = 99
+
+
+def sample(*spans: tuple[int, ...]) -> Sample:
+    return Sample("clip7", "a.mp4", "What next?", "A", imagine=spans)
+
+
+def test_completion_with_two_spans() -> None:
+    ids = completion_ids((2, 1), [5, 6], TOKENS, EOS)
+    assert ids.tolist() == [90, 92, 92, 91, 90, 92, 91, 5, 6, 99]
+    trace = LatentProtocol(min_length=1, max_length=2).trace(ids, TOKENS)
+    T, D, F = Slot.TOKEN, Slot.DECISION, Slot.FORCED
+    # The first latent of a span is below the minimum and forced; at the maximum the end is.
+    assert trace.slots.tolist() == [T, F, D, F, T, F, D, T, T, T]
+
+
+def test_completion_without_spans_is_the_answer() -> None:
+    assert completion_ids((), [5, 6], TOKENS, EOS).tolist() == [5, 6, 99]
+
+
+@given(st.lists(st.integers(1, 5), max_size=4), st.lists(st.integers(0, 80), max_size=6))
+def test_the_protocol_reads_back_what_was_laid_out(spans: list[int], answer: list[int]) -> None:
+    ids = completion_ids(spans, answer, TOKENS, EOS)
+    trace = LatentProtocol(min_length=1, max_length=5, max_spans=4).trace(ids, TOKENS)
+    assert trace.span_lengths == tuple(spans)
+    assert int((ids == TOKENS.filler).sum()) == sum(spans)
+    assert np.all(trace.slots[-len(answer) - 1 :] == Slot.TOKEN)
+
+
+def test_span_lengths_count_temporal_patches() -> None:
+    protocol = LatentProtocol(min_length=1, max_length=8)
+    row = sample((4, 5, 6, 7), (8, 9, 10))  # the odd frame is doubled by the processor
+    assert span_lengths(row, protocol, temporal_patch_size=2, tokens_per_patch=1) == (2, 2)
+    assert span_lengths(row, protocol, temporal_patch_size=2, tokens_per_patch=3) == (6, 6)
+
+
+@pytest.mark.parametrize(("frames", "latents"), [((4, 5), 1), (tuple(range(4, 14)), 5)])
+def test_a_span_outside_the_budget_names_the_sample(frames: tuple[int, ...], latents: int) -> None:
+    protocol = LatentProtocol(min_length=2, max_length=4)
+    with pytest.raises(
+        DataError, match=rf"'clip7': span 1 .* {latents} latents .* 2 to 4: list other"
+    ):
+        span_lengths(sample(frames), protocol, temporal_patch_size=2, tokens_per_patch=1)
+
+
+def test_too_many_spans_name_the_sample() -> None:
+    protocol = LatentProtocol(max_spans=1)
+    with pytest.raises(
+        DataError, match="'clip7': column 'imagine' has 2 spans, the protocol allows 1"
+    ):
+        span_lengths(sample((4, 5), (6, 7)), protocol, temporal_patch_size=2, tokens_per_patch=1)

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from rl.checkpoints import last_complete
+from rl.data import MediaProcessor, read_manifest
+from rl.errors import DataError, ObjectiveError, PolicyError
+from rl.policy.heads import HeadConfig
+from rl.policy.model import load_policy, make_policy
+from rl.policy.protocol import LatentProtocol
+from rl.sft.targets import compute_targets
+from rl.sft.trainer import LatentSFTConfig, LatentSFTTrainer, imagine_probability, vision_tower
+from rl.trajectory import Sample
+from tests.tiny import FAMILIES, Family, save_tiny_checkpoint
+
+PROTOCOL = LatentProtocol(min_length=1, max_length=2)
+
+
+@pytest.fixture
+def samples(clips: Path) -> list[Sample]:
+    return read_manifest(clips / "manifest.jsonl")
+
+
+@pytest.fixture
+def build(
+    tiny_checkpoint: Path, samples: list[Sample], tmp_path: Path
+) -> Callable[..., LatentSFTTrainer]:
+    def make(
+        rows: list[Sample] | None = None, protocol: LatentProtocol = PROTOCOL, **args: Any
+    ) -> LatentSFTTrainer:
+        torch.manual_seed(0)  # the head and the latent tokens' embeddings are drawn
+        processor = AutoProcessor.from_pretrained(tiny_checkpoint)
+        policy = make_policy(tiny_checkpoint, processor, protocol, HeadConfig("linear"))
+        return LatentSFTTrainer(
+            policy, config(tmp_path, **args), rows or samples, MediaProcessor(processor)
+        )
+
+    return make
+
+
+def config(folder: Path, **args: Any) -> LatentSFTConfig:
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder / "sft"),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return LatentSFTConfig(**{**defaults, **args})
+
+
+def state(trainer: LatentSFTTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.policy.state_dict().items()}
+
+
+def curve(trainer: LatentSFTTrainer, key: str) -> list[float]:
+    return [row[key] for row in trainer.state.log_history if key in row]
+
+
+def test_it_learns_answers_and_latents(build: Callable[..., LatentSFTTrainer]) -> None:
+    trainer = build(max_steps=60, per_device_train_batch_size=4, start_at_mean=True)
+    tower = [p.clone() for p in vision_tower(trainer.policy).parameters()]
+    before = state(trainer)
+    trainer.train()
+    text, latent = curve(trainer, "loss_text"), curve(trainer, "loss_latent")
+    assert latent[0] == pytest.approx(1.0, abs=0.35)  # the constant prediction, on this batch
+    assert text[-1] < 0.25 * text[0]
+    assert latent[-1] < 0.5 * latent[0]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(tower, vision_tower(trainer.policy).parameters(), strict=True)
+    )
+    moved = {
+        name
+        for name, value in trainer.policy.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
+    assert {"latent_head.weight", "latent_head.bias", "lm_head.weight"} <= moved
+
+
+def test_the_loss_is_text_plus_weighted_latent(build: Callable[..., LatentSFTTrainer]) -> None:
+    trainer = build(max_steps=1, latent_weight=0.25)
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert row["loss"] == pytest.approx(row["loss_text"] + 0.25 * row["loss_latent"], rel=1e-5)
+
+
+def test_without_latents_a_step_teaches_the_answer(build: Callable[..., LatentSFTTrainer]) -> None:
+    trainer = build(imagine_share=0.0)
+    head = trainer.policy.latent_head.weight.clone()
+    trainer.train()
+    assert curve(trainer, "imagined") == [0.0] * 4
+    assert not curve(trainer, "loss_latent")
+    assert torch.equal(trainer.policy.latent_head.weight, head)
+    assert min(curve(trainer, "loss_text")) < curve(trainer, "loss_text")[0]
+
+
+def test_rows_without_imagined_frames_are_taught_as_text(
+    build: Callable[..., LatentSFTTrainer], samples: list[Sample]
+) -> None:
+    trainer = build([replace(s, imagine=()) for s in samples], max_steps=1)
+    trainer.train()
+    assert trainer.targets is not None
+    assert trainer.targets.features.shape == (0, 32)
+
+
+def test_gradient_checkpointing_changes_nothing(build: Callable[..., LatentSFTTrainer]) -> None:
+    plain, checkpointed = build(), build(gradient_checkpointing=True)
+    plain.train()
+    checkpointed.train()
+    for name, value in plain.policy.state_dict().items():
+        torch.testing.assert_close(
+            checkpointed.policy.state_dict()[name], value, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_accumulated_micro_batches_weigh_alike(build: Callable[..., LatentSFTTrainer]) -> None:
+    trainer = build(max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert row["loss"] == pytest.approx(row["loss_text"] + row["loss_latent"], rel=1e-4)
+
+
+def test_bfloat16_autocast(build: Callable[..., LatentSFTTrainer]) -> None:
+    exact, rounded = build(max_steps=1), build(max_steps=1, bf16=True)
+    exact.train()
+    rounded.train()
+    for key in ("loss_text", "loss_latent"):
+        assert curve(rounded, key)[0] == pytest.approx(curve(exact, key)[0], rel=0.05)
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(
+    build: Callable[..., LatentSFTTrainer],
+) -> None:
+    args: dict[str, Any] = {
+        "max_steps": 6,
+        "imagine_share": 0.5,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    whole = build(**args)
+    whole.train()
+    folder = Path(str(whole.args.output_dir))
+    assert last_complete(folder) == folder / "checkpoint-6"
+    resumed = build(**args)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    for name, value in whole.policy.state_dict().items():
+        assert torch.equal(resumed.policy.state_dict()[name], value), name
+
+
+def test_a_checkpoint_is_a_policy_directory(
+    build: Callable[..., LatentSFTTrainer], tmp_path: Path
+) -> None:
+    trainer = build(max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "policy"))
+    policy = load_policy(tmp_path / "policy")
+    assert policy.protocol == PROTOCOL
+    for name, value in trainer.policy.state_dict().items():
+        assert torch.equal(policy.state_dict()[name], value), name
+    tokens = AutoProcessor.from_pretrained(tmp_path / "policy").tokenizer
+    assert tokens.convert_tokens_to_ids(PROTOCOL.filler_token) == policy.latent_tokens.filler
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_targets_are_the_towers_pooled_features(
+    family: Family, samples: list[Sample], tmp_path: Path
+) -> None:
+    save_tiny_checkpoint(tmp_path, family)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    policy = make_policy(tmp_path, processor, PROTOCOL)
+    media = MediaProcessor(processor)
+    done = []
+    targets = compute_targets(policy, media, samples, progress=lambda i, n: done.append((i, n)))
+    assert done == [(i, 5) for i in range(1, 6)]
+    assert targets.offsets == (0, 1, 3, 4, 6)  # one, two, one and two frame pairs
+    clip = media.process(media.key(samples[3], samples[3].imagine[0])).inputs
+    features = policy.get_video_features(
+        clip["pixel_values_videos"], clip["video_grid_thw"]
+    ).pooler_output[0]
+    expected = features.view(2, 4, -1).mean(1)  # 2 frame pairs of 16x16 px: 4 merged tokens each
+    torch.testing.assert_close(targets.of(3), expected, rtol=1e-4, atol=1e-5)
+    assert targets.variance == pytest.approx(
+        float(targets.features.var(0, correction=0).mean()), rel=1e-5
+    )
+
+
+def test_shares_by_column(samples: list[Sample]) -> None:
+    share = {"column": "level", "shares": {"0": 0.75, "1": 0.30, "2": 0.0}}
+    assert [imagine_probability(s, share) for s in samples[:3]] == [0.75, 0.30, 0.0]
+    assert imagine_probability(samples[3], 0.5) == 0.5
+    with pytest.raises(DataError, match="'clip3': column 'level' is 3"):
+        imagine_probability(samples[3], share)
+
+
+def test_a_span_that_the_protocol_forbids_is_refused_before_training(
+    build: Callable[..., LatentSFTTrainer],
+) -> None:
+    with pytest.raises(DataError, match="'clip0': span 1"):
+        build(protocol=LatentProtocol(min_length=2, max_length=4))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"latent_weight": -1.0}, "latent_weight is -1.0"),
+        ({"latent_loss": "mae"}, "latent_loss is 'mae'"),
+        ({"tokens_per_patch": 0}, "tokens_per_patch is 0"),
+        ({"imagine_share": 1.5}, "imagine_share holds 1.5"),
+        ({"imagine_share": {"column": "level"}}, "give 'column' and 'shares'"),
+        ({"imagine_share": {"column": "level", "shares": {"0": -0.1}}}, "imagine_share holds -0.1"),
+    ],
+)
+def test_settings_that_cannot_work(args: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ObjectiveError, match=message):
+        config(tmp_path, **args)
+
+
+def test_an_identity_head_cannot_start_at_the_mean(
+    tiny_checkpoint: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    processor = AutoProcessor.from_pretrained(tiny_checkpoint)
+    policy = make_policy(tiny_checkpoint, processor, PROTOCOL)
+    trainer = LatentSFTTrainer(
+        policy, config(tmp_path, start_at_mean=True), samples, MediaProcessor(processor)
+    )
+    with pytest.raises(PolicyError, match="start_at_mean needs a latent head"):
+        trainer.train()
+
+
+def test_the_state_file_comes_with_each_checkpoint(build: Callable[..., LatentSFTTrainer]) -> None:
+    trainer = build(max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    folder = last_complete(Path(str(trainer.args.output_dir)))
+    assert folder is not None
+    assert json.loads((folder / "foresight_state.json").read_text())["step"] == 2
