@@ -51,14 +51,16 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> RunResult:
     console = console or Console()
     run = RunFolder(recipe.output)
 
-    # 1. Everything that can be wrong is found here, before anything is written or started.
-    plan = check_recipe(recipe)
-    run.claim(recipe)
     if (done := run.result()) is not None:
+        run.claim(recipe)  # refuses another recipe than the one that ran
         console.print(
             f"{recipe.name} is finished: {run.policy} (delete {run.root} to run it again)"
         )
         return RunResult(run.root, run.policy, done["steps"], None, done["evaluation"])
+
+    # 1. Everything that can be wrong is found here, before anything is written or started.
+    plan = check_recipe(recipe)
+    run.claim(recipe)
 
     # 2. Where to go on.
     found = run.resumption()
@@ -91,7 +93,8 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> RunResult:
             trained = load_policy(run.policy)
             if pool is not None:
                 pool.update_weights(weight_update(trained, recipe.train.max_steps))
-            sampler = pool or TransformersEngine(trained, media, LocalMedia(media, _CLIPS))
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            sampler = pool or _engine(trained, media, device)
             evaluation = _evaluate(recipe, plan.evaluation, sampler, console)
             console.print(evaluation.table())
             figures = evaluation.to_dict()
@@ -213,18 +216,17 @@ def _pool(
         yield pool
 
 
+def _engine(policy: Any, media: MediaProcessor, device: torch.device | str) -> TransformersEngine:
+    clips = LocalMedia(media, _CLIPS)
+    return TransformersEngine(policy, media, clips, max_batch_size=_SIDE_BY_SIDE, device=device)
+
+
 @contextmanager
 def _answering(policy: Any, media: MediaProcessor) -> Iterator[TransformersEngine]:
     """An engine on a policy that is being trained, in its own process."""
     training = policy.training
     try:
-        yield TransformersEngine(
-            policy,
-            media,
-            LocalMedia(media, _CLIPS),
-            max_batch_size=_SIDE_BY_SIDE,
-            device=policy.device,
-        )
+        yield _engine(policy, media, policy.device)
     finally:
         policy.train(training)
 

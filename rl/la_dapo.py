@@ -100,6 +100,7 @@ class LADAPOTrainer(GRPOTrainer):
         self._replaying: list[Trajectory] | None = None
         self._replays: list[Replay] = []
         self._synced_step: int | None = None
+        self._rollouts_this_step = 0
         self._refill_cursor = 0
         if peft_config is not None and any(True for _ in model.latent_head.parameters()):
             kept = set(getattr(peft_config, "modules_to_save", None) or ())
@@ -149,7 +150,9 @@ class LADAPOTrainer(GRPOTrainer):
 
     def _sync_weights(self) -> None:
         if self._synced_step == self.state.global_step:
+            self._rollouts_this_step += 1
             return
+        self._rollouts_this_step = 0
         model = self.accelerator.unwrap_model(self.model)
         if self.accelerator.is_main_process:
             # Frozen parameters are the same ever after the first update.
@@ -166,7 +169,7 @@ class LADAPOTrainer(GRPOTrainer):
         self, samples: Sequence[Sample], size: int, tries: int
     ) -> list[TrajectoryGroup]:
         sampling = Sampling(temperature=self.temperature, max_new_tokens=self.max_completion_length)
-        place = f"{self.args.seed}/{self.state.global_step}/{self._step}/{tries}"
+        place = f"{self.args.seed}/{self.state.global_step}/{self._rollouts_this_step}/{tries}"
         requests = [
             RolloutRequest(
                 s, tuple(_seed(f"{place}/{i}/{s.id}/{g}") for g in range(size)), sampling

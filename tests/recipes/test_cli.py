@@ -125,8 +125,15 @@ def test_too_few_rows_for_a_step(recipe: Callable[..., Path], refused: Callable[
 def test_model_without_video(
     recipe: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
-    config = Qwen3Config(vocab_size=300, num_attention_heads=2, num_key_value_heads=2, **sizes)
+    config = Qwen3Config(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
     Qwen3ForCausalLM(config).save_pretrained(tmp_path / "text")
     tiny_tokenizer().save_pretrained(tmp_path / "text")
     output = refused(recipe({"policy.path": "text"}))

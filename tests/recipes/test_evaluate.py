@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ def sample(name: str, answer: str = "A", **extra: object) -> Sample:
 class Scripted:
     """A sampler that says what it is told: the answer and the latents of each sample."""
 
-    def __init__(self, script: dict[str, tuple[str, int]]) -> None:
+    def __init__(self, script: Mapping[str, tuple[str, int]]) -> None:
         self.script = script
         self.requests: list[RolloutRequest] = []
 

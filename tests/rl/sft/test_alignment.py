@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rl.sft.alignment import latent_alignment_loss, pool_frames, target_variance
+from rl.sft.alignment import LatentLoss, latent_alignment_loss, pool_frames, target_variance
 
 
 def test_mse_is_divided_by_the_variance() -> None:
@@ -22,7 +22,7 @@ def test_cosine_ignores_length() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
-def test_without_latents_the_loss_is_zero_and_has_a_gradient(kind: str) -> None:
+def test_without_latents_the_loss_is_zero_and_has_a_gradient(kind: LatentLoss) -> None:
     weight = torch.ones(2, requires_grad=True)
     loss = latent_alignment_loss(
         torch.zeros(0, 2) * weight, torch.zeros(0, 2), variance=1.0, kind=kind

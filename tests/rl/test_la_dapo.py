@@ -1,0 +1,318 @@
+"""LA-DAPO on tiny policies: the real TRL trainer, the real engine, no Ray."""
+
+import copy
+import inspect
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from rewards.scorer import RewardSet, RewardTerm
+from rl.checkpoints import STATE_FILE, last_complete
+from rl.errors import ObjectiveError, PolicyError
+from rl.la_dapo import TRL_MEMBERS, LADAPOTrainer
+from rl.la_dapo_config import LADAPOConfig
+from rl.policy.protocol import LatentProtocol
+from tests.latent import PROTOCOL, engine_for, square_samples, thinking_policy
+
+SIZE = 4
+
+
+def coin(completion_ids, **_):
+    """Right or wrong by the parity of the ids: contrast in most groups, and no luck involved."""
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+def rewards(outcome=coin, **shaping) -> RewardSet:
+    terms = [RewardTerm("outcome", outcome, 1.0, shaping=False)]
+    return RewardSet([*terms, *(RewardTerm(name, f, 0.5) for name, f in shaping.items())])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("la_dapo")
+    policy, processor = thinking_policy(folder / "base", boldness=1.2)
+    return policy, processor, square_samples(folder / "clips", 8)
+
+
+@pytest.fixture
+def build(world, tmp_path):
+    """Makes a trainer on a fresh copy of the policy; keywords change its config."""
+
+    def make(scorer=None, peft_config=None, engine_policy=None, folder="run", **changes):
+        policy, processor, samples = world
+        policy = copy.deepcopy(policy)
+        settings = {
+            "output_dir": str(tmp_path / folder),
+            "per_device_train_batch_size": 2 * SIZE,
+            "num_generations": SIZE,
+            "max_completion_length": 16,
+            "max_steps": 2,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "max_mismatch": 2e-5,
+            **changes,
+        }
+        return LADAPOTrainer(
+            policy,
+            rollouts=engine_for(engine_policy or copy.deepcopy(policy), processor),
+            scorer=scorer or rewards(),
+            samples=samples,
+            args=LADAPOConfig(**settings),
+            processing_class=processor,
+            peft_config=peft_config,
+        )
+
+    return make
+
+
+def logs(trainer) -> list[dict]:
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def trained(trainer) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("member", TRL_MEMBERS)
+def test_trl_has_not_moved(member):
+    found = tuple(inspect.signature(getattr(GRPOTrainer, member)).parameters)
+    assert found == TRL_MEMBERS[member], f"TRL changed {member}: revisit rl/la_dapo.py"
+
+
+def test_every_ratio_is_one_at_the_first_update(build):
+    trainer = build()
+    before = trained(trainer)
+    trainer.train()
+    first = logs(trainer)[0]
+    assert first["replay/max_gap"] <= 1e-5
+    assert first["replay/max_latent_gap"] <= 5e-5  # divided by the noise scale of 0.3
+    assert first["latents/ratio"] == pytest.approx(1.0, abs=2e-5)
+    assert first["clip_ratio/region_mean"] == 0.0 == first["latents/clip_ratio"]
+    assert first["latents/per_completion"] > 0 and first["rollouts/staleness"] == 0
+    # A second rollout comes from the updated weights.
+    assert logs(trainer)[1]["replay/max_gap"] <= 1e-5
+    same = [n for n, p in trained(trainer).items() if torch.equal(p, before[n])]
+    assert same == []
+
+
+def test_the_loss_by_hand(build):
+    seen = {}
+
+    class Spy(LADAPOTrainer):
+        def _compute_loss(self, model, inputs):
+            seen.update(inputs)
+            return super()._compute_loss(model, inputs)
+
+    trainer = build(max_steps=1, latent_alpha=0.3)
+    trainer.__class__ = Spy
+    trainer.train()
+    # At ratio 1 the token term is -Σ A_i·n_i / Σ n_i over decided positions, the latent term the
+    # same over latents.
+    mask = seen["completion_mask"] * seen["tool_mask"]
+    advantage = seen["advantages"].double()
+    decided = mask.sum(1).double()
+    latents = torch.tensor([len(t.latents) for t in seen["trajectories"]]).double()
+    assert latents.sum() == seen["num_latents_in_batch"] > 0
+    expected = -(advantage * decided).sum() / decided.sum()
+    expected = expected - 0.3 * (advantage * latents).sum() / latents.sum()
+    assert logs(trainer)[0]["loss"] == pytest.approx(expected.item(), abs=1e-5)
+    forced = [int((t.decision == 0).sum()) for t in seen["trajectories"]]
+    lengths = [len(t.completion_ids) for t in seen["trajectories"]]
+    assert decided.tolist() == [n - f for n, f in zip(lengths, forced, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": True},
+        {"per_device_train_batch_size": SIZE, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    ],
+    ids=["checkpointing", "two micro-batches", "groups across micro-batches"],
+)
+def test_the_same_update_however_it_is_cut(build, changes):
+    whole, cut = build(max_steps=1), build(max_steps=1, **changes)
+    whole.train()
+    cut.train()
+    assert logs(cut)[0]["grad_norm"] == pytest.approx(logs(whole)[0]["grad_norm"], rel=1e-4)
+    assert logs(cut)[0]["loss"] == pytest.approx(logs(whole)[0]["loss"], abs=1e-5)
+
+
+def test_several_updates_a_rollout_use_the_samplers_log_probs(build):
+    trainer = build(num_iterations=2, max_steps=2, learning_rate=1e-2)
+    trainer.train()
+    first, second = logs(trainer)
+    assert first["latents/ratio"] == pytest.approx(1.0, abs=2e-5)
+    assert abs(second["latents/ratio"] - 1.0) > 1e-3
+    assert "replay/max_gap" not in second  # an update has come between
+
+
+def test_kl_to_the_reference(build):
+    trainer = build(beta=0.1, latent_beta=0.1, max_steps=2, learning_rate=1e-2)
+    trainer.train()
+    first, second = logs(trainer)
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 1e-5
+    assert first["latents/kl"] == pytest.approx(0, abs=1e-6) and second["latents/kl"] > 1e-5
+    assert trainer.ref_model.latent_head is not trainer.policy.latent_head
+
+
+def test_lora(build):
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    trainer = build(peft_config=config, beta=0.1, latent_beta=0.1, learning_rate=1e-2)
+    before = trained(trainer)
+    assert any("latent_head" in n for n in before) and any("lora_" in n for n in before)
+    trainer.train()
+    first, second = logs(trainer)
+    # The workers got base and adapters merged, and the reference is the base.
+    assert first["replay/max_gap"] <= 1e-5 and second["replay/max_gap"] <= 1e-5
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 0
+    assert all(
+        not torch.equal(p, before[n]) for n, p in trained(trainer).items() if "latent_head" in n
+    )
+
+
+def test_groups_without_contrast_teach_nothing(build):
+    trainer = build(scorer=rewards(lambda completions, **_: [0.0] * len(completions)))
+    before = trained(trainer)
+    trainer.train()
+    first = logs(trainer)[0]
+    assert (first["groups/all_wrong"], first["groups/kept"], first["groups/trained"]) == (2, 0, 0)
+    assert first["grad_norm"] == 0.0
+    assert all(torch.equal(p, before[n]) for n, p in trained(trainer).items())
+
+
+def wrong_for_some(**columns):
+    """Prompts with an odd number are all wrong."""
+    odd = [int(i[-1]) % 2 for i in columns["id"]]
+    return [0.0 if o else c for o, c in zip(odd, coin(**columns), strict=True)]
+
+
+def test_dropped_groups_are_refilled_within_bounds(build):
+    trainer = build(scorer=rewards(wrong_for_some), max_refills=20, max_steps=3)
+    trainer.train()
+    rows = logs(trainer)
+    assert all(row["groups/trained"] == 1.0 for row in rows)
+    assert sum(row["groups/all_wrong"] for row in rows) > 0
+    assert max(row["groups/refills"] for row in rows) >= 1
+    stuck = build(scorer=rewards(lambda completions, **_: [1.0] * len(completions)), max_refills=3)
+    stuck.train()
+    assert logs(stuck)[0]["groups/refills"] == 3
+    assert logs(stuck)[0]["groups/all_right"] == 2 * 4
+
+
+def test_shaping_is_gated_by_the_outcome(build):
+    def length(completion_ids, **_):
+        return [float(len(ids)) for ids in completion_ids]
+
+    scorer = rewards(lambda completions, **_: [0.0] * len(completions), length=length)
+    gated = build(scorer=scorer, filter_low=0.0)
+    gated.train()
+    assert logs(gated)[0]["grad_norm"] == 0.0
+    assert logs(gated)[0]["rewards/length/mean"] > 0
+
+
+def test_invalid_and_missing_values(build):
+    """A NaN outcome leaves a trajectory out; a missing shaping value moves nobody."""
+    seen = {}
+
+    class Spy(LADAPOTrainer):
+        def _compute_loss(self, model, inputs):
+            seen.update(inputs)
+            return super()._compute_loss(model, inputs)
+
+    def outcome(completions, **_):
+        return [[None, 0.0, 1.0, 1.0][i % SIZE] for i in range(len(completions))]
+
+    def shaping(completions, **_):
+        return [[5.0, None, 1.0, 2.0][i % SIZE] for i in range(len(completions))]
+
+    trainer = build(scorer=rewards(outcome, shaping=shaping), max_steps=1, shuffle_dataset=False)
+    trainer.__class__ = Spy
+    trainer.train()
+    # Valid rewards: 0 + 0.5·1.5 (the mean of 1 and 2), 1 + 0.5·1, 1 + 0.5·2 = 0.75, 1.5, 2;
+    # mean 1.416667, sample deviation 0.629153.
+    std = math.sqrt(((0.75 - 17 / 12) ** 2 + (1.5 - 17 / 12) ** 2 + (2 - 17 / 12) ** 2) / 2) + 1e-4
+    expected = [0.0, (0.75 - 17 / 12) / std, (1.5 - 17 / 12) / std, (2 - 17 / 12) / std]
+    by_group: dict[str, list[float]] = {}
+    for t, a in zip(seen["trajectories"], seen["advantages"].tolist(), strict=True):
+        by_group.setdefault(t.sample_id, []).append(a)
+    for found in by_group.values():  # TRL shuffles the batch
+        assert sorted(found) == pytest.approx(sorted(expected), abs=1e-4)
+
+
+def test_stale_workers_are_noticed(build, world):
+    other = copy.deepcopy(world[0])
+    with torch.no_grad():
+        other.get_output_embeddings().weight[:50] += 0.5
+    trainer = build(engine_policy=other)
+    trainer.rollouts.update_weights = lambda update: update.version  # a sync that does nothing
+    with pytest.raises(ObjectiveError, match="max_mismatch"):
+        trainer.train()
+
+
+def test_contradictions_are_refused(build, world, tmp_path):
+    policy = world[0]
+    policy.set_protocol(LatentProtocol(min_length=2, max_length=4))
+    try:
+        with pytest.raises(ObjectiveError, match="gradient of their log-density is exactly zero"):
+            build()
+        build(latent_alpha=0.0)  # tokens alone can be trained without noise
+    finally:
+        policy.set_protocol(PROTOCOL)
+    with pytest.raises(ObjectiveError, match="top_p"):
+        build(top_p=0.9)
+    with pytest.raises(ObjectiveError, match="temperature"):
+        build(temperature=0.0)
+    with pytest.raises(ObjectiveError, match="filter_low"):
+        build(filter_low=0.9, filter_high=0.1)
+    with pytest.raises(ObjectiveError, match="'max'"):
+        build(latent_reduction="max")
+    with pytest.raises(PolicyError, match="no latent policy"):
+        LADAPOTrainer(
+            torch.nn.Linear(1, 1),
+            rollouts=None,  # type: ignore[arg-type]
+            scorer=rewards(),
+            samples=world[2],
+            args=LADAPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False),
+            processing_class=world[1],
+        )
+
+
+def test_resuming_equals_going_on(build, tmp_path):
+    scorer = rewards(wrong_for_some)
+    settings = {"max_refills": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    through = build(scorer=scorer, folder="through", **settings)
+    through.train()
+    first = build(scorer=scorer, folder="cut", **{**settings, "max_steps": 2})
+    first.train()
+    checkpoint = last_complete(tmp_path / "cut")
+    assert checkpoint is not None and checkpoint.name == "checkpoint-2"
+    assert json.loads((checkpoint / STATE_FILE).read_text())["refill_cursor"] > 0
+    (Path(tmp_path) / "cut" / "checkpoint-3").mkdir()  # a save that was cut short
+    assert last_complete(tmp_path / "cut") == checkpoint
+    second = build(scorer=scorer, folder="cut", **settings)
+    second.train(resume_from_checkpoint=str(checkpoint))
+    expected, found = trained(through), trained(second)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], msg=name)
+
+
+def test_evaluation_samples_without_filtering(build, world):
+    trainer = build(per_device_eval_batch_size=SIZE, max_steps=1)
+    from rl.la_dapo import _dataset
+
+    metrics = trainer.evaluate(_dataset(world[2][:2]))
+    assert metrics["eval_groups/trained"] == 1.0
+    assert 0.0 <= metrics["eval_rewards/outcome/mean"] <= 1.0
