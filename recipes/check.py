@@ -85,7 +85,7 @@ def read_settings(path: str) -> dict[str, Any] | None:
 
     Raises `PolicyError` if there is no model, or one that takes no video.
     """
-    from rl.policy.model import _model_class, policy_class
+    from rl.policy.model import model_class, policy_class
 
     if Path(path).is_absolute() and not Path(path, "config.json").is_file():
         what = "has no config.json" if Path(path).is_dir() else "is no folder"
@@ -100,7 +100,7 @@ def read_settings(path: str) -> dict[str, Any] | None:
         raise PolicyError(
             f"policy.path: the config of {path} cannot be read ({str(error).splitlines()[0]}); check the path or name"
         ) from error
-    policy_class(_model_class(config, path))
+    policy_class(model_class(config, path))
     return policy_settings(config) if hasattr(config, CONFIG_KEY) else None
 
 

@@ -148,7 +148,7 @@ def _train(
     def answers() -> Evaluation:
         length, samples = recipe.train.max_completion_length, plan.validation
         if pool is not None:
-            trainer._sync_weights()
+            trainer.sync_weights()
             return evaluate(pool, samples, ("free",), length)
         with _answering(trainer.policy, media) as engine:
             return evaluate(engine, samples, ("free",), length)

@@ -54,7 +54,8 @@ class Engine(Protocol):
 class Rollouts(Engine, Protocol):
     """An engine, or a fleet of them, together with the media its trajectories refer to."""
 
-    media: MediaSource
+    @property
+    def media(self) -> MediaSource: ...
 
 
 @dataclass(frozen=True)

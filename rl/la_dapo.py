@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
@@ -110,6 +111,8 @@ class LADAPOTrainer(GRPOTrainer):
         args.reward_weights = list(scorer.weights)
         # TRL would load the reference by the model's class name, without its latent head: it gets none to load.
         beta, args.beta = args.beta, 0.0
+        # TRL warns that `rollout_func` may change; `TRL_MEMBERS` and the pinned version are our answer.
+        warnings.filterwarnings("ignore", message=".*rollout_func.*", category=UserWarning)
         super().__init__(
             model=model,
             reward_funcs=list(scorer.functions),
@@ -148,7 +151,8 @@ class LADAPOTrainer(GRPOTrainer):
         model: Any = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if is_peft_model(model) else model
 
-    def _sync_weights(self) -> None:
+    def sync_weights(self) -> None:
+        """Bring the workers to the current weights, if they are not there yet."""
         if self._synced_step == self.state.global_step:
             self._rollouts_this_step += 1
             return
@@ -221,7 +225,7 @@ class LADAPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
         size = self.num_generations if mode == "train" else self.num_generations_eval
-        self._sync_weights()
+        self.sync_weights()
         collected = self._collect(
             [self.samples[row["sample_id"]] for row in inputs[::size]], size, mode
         )

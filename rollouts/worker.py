@@ -50,12 +50,14 @@ class RolloutWorker:
     def __init__(self, spec: EngineSpec) -> None:
         import torch
         from transformers import AutoProcessor
+        from transformers.utils.logging import disable_progress_bar
 
         from rl.data.media import MediaProcessor
         from rl.policy.model import load_policy
         from rollouts.transformers_engine import TransformersEngine
 
         torch.set_num_threads(spec.threads)
+        disable_progress_bar()  # one bar a worker is noise
         processor = AutoProcessor.from_pretrained(spec.policy)
         self._processor = MediaProcessor(
             processor, default_frames=spec.default_frames, system_prompt=spec.system_prompt

@@ -254,7 +254,7 @@ def pretrain(
                 losses, right = forward(policy, layout, clips, rows, questions)
                 run.update(losses.mean())
                 if run.step % config.log_every == 0:
-                    run.log(losses, right, questions.tasks)
+                    run.log(losses.detach(), right, questions.tasks)
                 if run.step % config.checkpoint_every == 0 and run.step < config.steps:
                     run.save()
                 bar.update(learning, completed=run.step)

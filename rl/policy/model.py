@@ -199,7 +199,7 @@ def make_policy(
     protocol, head = protocol or LatentProtocol(), head or HeadConfig()
     tokenizer: Any = getattr(processor, "tokenizer", processor)
     config = AutoConfig.from_pretrained(path)
-    cls = policy_class(_model_class(config, path))
+    cls = policy_class(model_class(config, path))
     new = [
         t
         for t in protocol.tokens
@@ -232,7 +232,7 @@ def load_policy(path: str | Path, **kwargs: Any) -> Any:
     """Load a saved policy; `kwargs` go to `from_pretrained` (`dtype` defaults to float32)."""
     config = AutoConfig.from_pretrained(path)
     policy_settings(config)
-    return _load(policy_class(_model_class(config, path)), path, **kwargs)
+    return _load(policy_class(model_class(config, path)), path, **kwargs)
 
 
 def _load(cls: type[Any], path: str | Path, *, new_head: bool = False, **kwargs: Any) -> Any:
@@ -258,7 +258,8 @@ def _load(cls: type[Any], path: str | Path, *, new_head: bool = False, **kwargs:
     return policy
 
 
-def _model_class(config: PretrainedConfig, path: str | Path) -> type[PreTrainedModel]:
+def model_class(config: PretrainedConfig, path: str | Path) -> type[PreTrainedModel]:
+    """The transformers class of the vision-language model in `path`; `PolicyError` if it is none."""
     try:
         mapping: Any = AutoModelForImageTextToText._model_mapping
         return mapping[type(config)]

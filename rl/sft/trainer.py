@@ -130,7 +130,8 @@ class LatentSFTTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.samples = list(train_dataset)
-        self.media, self.source = media, source or LocalMedia(media, args.media_cache)
+        self.media = media
+        self.source = LocalMedia(media, args.media_cache) if source is None else source
         self.targets = targets
         # Looked up once: telling a PEFT model costs milliseconds.
         self.policy: LatentPolicy = model.get_base_model() if is_peft_model(model) else model

@@ -26,7 +26,7 @@ def test_without_latents_the_loss_is_zero_and_has_a_gradient(kind: LatentLoss) -
     weight = torch.ones(2, requires_grad=True)
     loss = latent_alignment_loss(
         torch.zeros(0, 2) * weight, torch.zeros(0, 2), variance=1.0, kind=kind
-    )  # type: ignore[arg-type]
+    )
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(weight.grad, torch.zeros(2))  # type: ignore[arg-type]

@@ -100,11 +100,11 @@ def test_the_loss_is_text_plus_weighted_latent(build: Callable[..., LatentSFTTra
 
 def test_without_latents_a_step_teaches_the_answer(build: Callable[..., LatentSFTTrainer]) -> None:
     trainer = build(imagine_share=0.0)
-    head = trainer.policy.latent_head.weight.clone()
+    head = state(trainer)["latent_head.weight"]
     trainer.train()
     assert curve(trainer, "imagined") == [0.0] * 4
     assert not curve(trainer, "loss_latent")
-    assert torch.equal(trainer.policy.latent_head.weight, head)
+    assert torch.equal(state(trainer)["latent_head.weight"], head)
     assert min(curve(trainer, "loss_text")) < curve(trainer, "loss_text")[0]
 
 
