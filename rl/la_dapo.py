@@ -12,13 +12,11 @@ was conditioned on and compares each latent with the wrong hidden state, so this
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -29,13 +27,14 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rl.checkpoints import CompleteCheckpoints, read_state
+from rl.collecting import Collected, CollectedGroup, GroupCollector
 from rl.errors import ObjectiveError, PolicyError
 from rl.interfaces import GroupScores, Rollouts, Scorer
 from rl.la_dapo_config import LADAPOConfig
 from rl.objective import (
+    Reason,
     fill_missing,
     has_contrast,
-    judge_group,
     latent_surrogate,
     reduce_width,
 )
@@ -43,7 +42,7 @@ from rl.policy.density import latent_kl
 from rl.policy.model import LatentPolicy
 from rl.policy.protocol import Slot
 from rl.scoring import Replay, collate, replay
-from rl.trajectory import RolloutRequest, Sample, Sampling, Trajectory, TrajectoryGroup
+from rl.trajectory import Sample, Sampling, Trajectory
 from rl.weights import weight_update
 
 # The private members of GRPOTrainer used here, with the arguments relied on. A test compares them with the installed
@@ -95,14 +94,12 @@ class LADAPOTrainer(GRPOTrainer):
         _check(model, args)
         self.rollouts, self.scorer = rollouts, scorer
         self.samples = {s.id: s for s in (*samples, *(eval_samples or ()))}
-        self._train_ids = [s.id for s in samples]
-        self._handed: list[tuple[TrajectoryGroup, bool]] = []
+        self._handed: list[CollectedGroup] = []
         self._rewards: torch.Tensor | None = None
         self._replaying: list[Trajectory] | None = None
         self._replays: list[Replay] = []
         self._synced_step: int | None = None
-        self._rollouts_this_step = 0
-        self._refill_cursor = 0
+        self._last_sampled = (-1, 0)  # the step of the last rollout, and its number in that step
         if peft_config is not None and any(True for _ in model.latent_head.parameters()):
             kept = set(getattr(peft_config, "modules_to_save", None) or ())
             peft_config.modules_to_save = sorted(kept | {"latent_head"})  # type: ignore[attr-defined]
@@ -127,6 +124,17 @@ class LADAPOTrainer(GRPOTrainer):
         )
         args.beta = self.beta = beta
         self.reward_func_names = list(scorer.names)
+        self.collector = GroupCollector(
+            rollouts,
+            scorer,
+            samples,
+            seed=args.seed,
+            low=args.filter_low,
+            high=args.filter_high,
+            max_refills=args.max_refills,
+            world=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+        )
         self.ref_model = self._prepare_reference(reference)
 
     # -- the reference policy and the workers' weights ----------------------------------------------------------
@@ -154,9 +162,7 @@ class LADAPOTrainer(GRPOTrainer):
     def sync_weights(self) -> None:
         """Bring the workers to the current weights, if they are not there yet."""
         if self._synced_step == self.state.global_step:
-            self._rollouts_this_step += 1
             return
-        self._rollouts_this_step = 0
         model = self.accelerator.unwrap_model(self.model)
         if self.accelerator.is_main_process:
             # Frozen parameters are the same ever after the first update.
@@ -167,72 +173,26 @@ class LADAPOTrainer(GRPOTrainer):
         self.accelerator.wait_for_everyone()
         self._synced_step = self.state.global_step
 
-    # -- rollouts: sample, score, filter, refill ----------------------------------------------------------------
-
-    def _sample_groups(
-        self, samples: Sequence[Sample], size: int, tries: int
-    ) -> list[TrajectoryGroup]:
-        sampling = Sampling(temperature=self.temperature, max_new_tokens=self.max_completion_length)
-        place = f"{self.args.seed}/{self.state.global_step}/{self._rollouts_this_step}/{tries}"
-        requests = [
-            RolloutRequest(
-                s, tuple(_seed(f"{place}/{i}/{s.id}/{g}") for g in range(size)), sampling
-            )
-            for i, s in enumerate(samples)
-        ]
-        return self.rollouts.generate(requests)
-
-    def _refill(self, count: int) -> list[Sample]:
-        """The next `count` prompts of this process, in an order of their own, apart from TRL's sampler."""
-        drawn = []
-        for _ in range(count):
-            place = (
-                self._refill_cursor * self.accelerator.num_processes
-                + self.accelerator.process_index
-            )
-            epoch, index = divmod(place, len(self._train_ids))
-            order = np.random.default_rng((self.args.seed, epoch)).permutation(len(self._train_ids))
-            drawn.append(self.samples[self._train_ids[order[index]]])
-            self._refill_cursor += 1
-        return drawn
-
-    def _collect(
-        self, samples: Sequence[Sample], size: int, mode: str
-    ) -> list[tuple[TrajectoryGroup, list[float], bool]]:
-        """One group a slot, its outcomes, and whether it is trained on."""
-        kept: list[tuple[TrajectoryGroup, list[float], bool]] = []
-        dropped: list[tuple[TrajectoryGroup, list[float], bool]] = []
-        reasons: Counter[str] = Counter()
-        pending, tries = list(samples), 0
-        while True:
-            groups = self._sample_groups(pending, size, tries)
-            for group, outcome in zip(groups, self.scorer.outcomes(groups), strict=True):
-                verdict = judge_group(outcome, self.args.filter_low, self.args.filter_high)
-                reasons[verdict.reason] += 1
-                keep = verdict.keep or mode == "eval"
-                (kept if keep else dropped).append((group, list(outcome), keep))
-            missing = len(samples) - len(kept)
-            if missing == 0 or tries >= self.args.max_refills or mode == "eval":
-                break
-            pending, tries = self._refill(missing), tries + 1
-        metrics = self._metrics[mode]
-        metrics["groups/refills"].append(tries)
-        metrics["groups/trained"].append(len(kept) / len(samples))
-        for reason in ("kept", "all_wrong", "all_right", "too_hard", "too_easy", "invalid"):
-            metrics[f"groups/{reason}"].append(reasons[reason])
-        return kept + dropped[: len(samples) - len(kept)]
+    # -- rollouts: sample, score, filter, refill ------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
         size = self.num_generations if mode == "train" else self.num_generations_eval
         self.sync_weights()
-        collected = self._collect(
-            [self.samples[row["sample_id"]] for row in inputs[::size]], size, mode
+        step, number = self._last_sampled
+        number = number + 1 if step == self.state.global_step else 0
+        self._last_sampled = (self.state.global_step, number)
+        collected = self.collector.collect(
+            [self.samples[row["sample_id"]] for row in inputs[::size]],
+            size,
+            Sampling(temperature=self.temperature, max_new_tokens=self.max_completion_length),
+            f"{mode}/{self.state.global_step}/{number}",
+            filtering=mode == "train",
         )
-        groups = [group for group, _, _ in collected]
-        scores = self.scorer.score(groups, [outcome for _, outcome, _ in collected])
+        groups = [c.group for c in collected.groups]
+        scores = self.scorer.score(groups, [c.outcome for c in collected.groups])
         self._rewards = _reward_table(self.scorer.names, scores)
-        self._handed = [(group, keep) for group, _, keep in collected]
+        self._handed = collected.groups
         trajectories = [t for group in groups for t in group]
         rows = [_row(t.sample) for t in groups for _ in range(size)]
         # With β at 0 TRL makes at most one pass here, for the old log-probs, which the sampler has already given.
@@ -243,7 +203,7 @@ class LADAPOTrainer(GRPOTrainer):
             self.beta = beta
         out["old_per_token_logps"] = out["sampling_per_token_logps"]
         if self.args.gate_shaping:
-            flat = [has_contrast(outcome) for _, outcome, _ in collected for _ in range(size)]
+            flat = [has_contrast(c.outcome) for c in collected.groups for _ in range(size)]
             out["advantages"] = out["advantages"] * torch.tensor(
                 flat, device=out["advantages"].device
             )
@@ -257,7 +217,7 @@ class LADAPOTrainer(GRPOTrainer):
             out["ref_per_token_logps"], out["reference_means"] = self._score_reference(
                 trajectories, out
             )
-        self._log_rollouts(trajectories, mode)
+        self._log_rollouts(collected, trajectories, mode)
         return out
 
     def _calculate_rewards(
@@ -266,8 +226,14 @@ class LADAPOTrainer(GRPOTrainer):
         assert self._rewards is not None
         return _gather(self._rewards.to(self.accelerator.device))
 
-    def _log_rollouts(self, trajectories: Sequence[Trajectory], mode: str) -> None:
+    def _log_rollouts(
+        self, collected: Collected, trajectories: Sequence[Trajectory], mode: str
+    ) -> None:
         metrics = self._metrics[mode]
+        metrics["groups/refills"].append(collected.refills)
+        metrics["groups/trained"].append(float(np.mean([c.trained for c in collected.groups])))
+        for reason in get_args(Reason):
+            metrics[f"groups/{reason}"].append(collected.reasons[reason])
         metrics["latents/share_imagining"].append(
             float(np.mean([t.imagined for t in trajectories]))
         )
@@ -438,17 +404,17 @@ class LADAPOTrainer(GRPOTrainer):
     # -- resuming -----------------------------------------------------------------------------------------------
 
     def _resume_state(self) -> dict[str, Any]:
-        return {"refill_cursor": self._refill_cursor}
+        return {"refill_cursor": self.collector.cursor}
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._refill_cursor = int(read_state(checkpoint).get("refill_cursor", 0))
+            self.collector.cursor = int(read_state(checkpoint).get("refill_cursor", 0))
 
 
 def _hand_over(prompts: Any, trainer: LADAPOTrainer) -> dict[str, Any]:
     """TRL's `rollout_func`: the groups that were already sampled. Dropped groups are masked throughout."""
-    pairs = [(t, keep) for group, keep in trainer._handed for t in group]
+    pairs = [(t, c.trained) for c in trainer._handed for t in c.group]
     trainer._handed = []
     return {
         "prompt_ids": [t.prompt_ids.tolist() for t, _ in pairs],
@@ -507,7 +473,3 @@ def _row(sample: Sample) -> dict[str, Any]:
 
 def _pad_to(width: int, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([torch.nn.functional.pad(p, (0, width - p.size(1))) for p in parts])
-
-
-def _seed(place: str) -> int:
-    return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest(), "big")

@@ -19,6 +19,7 @@ import torch
 from rl.errors import ObjectiveError
 
 Reduction = Literal["sum", "sqrt_dim", "mean"]
+Reason = Literal["kept", "all_wrong", "all_right", "too_hard", "too_easy", "invalid"]
 
 
 def reduce_width(value_L: torch.Tensor, dim: int, reduction: Reduction) -> torch.Tensor:
@@ -73,7 +74,7 @@ class Verdict:
     """Whether a group is trained on, and if not, why not."""
 
     keep: bool
-    reason: Literal["kept", "all_wrong", "all_right", "too_hard", "too_easy", "invalid"]
+    reason: Reason
 
 
 def judge_group(outcome_G: Sequence[float], low: float, high: float) -> Verdict:

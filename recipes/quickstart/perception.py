@@ -36,8 +36,8 @@ STATE_FILE = "perception.pt"
 class Perception:
     """How to pretrain. A clip is asked for `tiles` colours, and `reads` of its states are read and moved on."""
 
-    steps: int = 250
-    batch_size: int = 64
+    steps: int = 300
+    batch_size: int = 32
     learning_rate: float = 4e-3
     warmup: int = 40
     final_rate: float = 0.05  # of the learning rate, where the cosine ends
@@ -184,7 +184,7 @@ class Layout:
 
     def positions(self, policy: LatentPolicy, ids: torch.Tensor) -> torch.Tensor:
         """Position ids [3, B, T]: computed for the first row, the others are laid out alike."""
-        if self._positions is None:
+        if self._positions is None or self._positions.shape[-1] != ids.shape[1]:
             row = ids[:1]
             inputs = {
                 "input_ids": row,

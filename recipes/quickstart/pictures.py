@@ -27,9 +27,9 @@ PANELS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     ("rl", "RL: entropy", "nats per token", {"entropy": "entropy"}),
     (
         "rl",
-        "RL: mean probability ratio",
-        "new / old policy",
-        {"token_ratio": "tokens", "latent_ratio": "latents"},
+        "RL: groups with right and wrong answers",
+        "share",
+        {"groups_trained": "trained on"},
     ),
 )
 SHARES = {"accuracy", "share"}  # y axes that run from 0 to 1

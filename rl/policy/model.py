@@ -169,9 +169,10 @@ def policy_class(base: type[PreTrainedModel]) -> type[Any]:
         )
     name = f"Latent{base.__name__}"
     # transformers renames parameters between files and modules by class name, for its own classes only.
+    config: Any = base.config_class
     renaming = get_checkpoint_conversion_mapping(
         base.__name__
-    ) or get_checkpoint_conversion_mapping(base.config_class.model_type)
+    ) or get_checkpoint_conversion_mapping(config.model_type)
     if renaming is not None:
         register_checkpoint_conversion_mapping(name, renaming, overwrite=True)
 

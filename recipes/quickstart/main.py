@@ -1,0 +1,229 @@
+"""The quickstart: a tiny video model learns to imagine, from video files to an exported policy.
+
+Everything is the product on small data: MP4 files decoded by decord, the real Qwen3-VL classes and processor, SFT and
+LA-DAPO recipes run by `run_recipe`, Ray workers. Only the world, the tiny checkpoint and its pretraining are made here.
+Each part is finished or resumed when the quickstart is started again in the same folder.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoProcessor
+
+from recipes.callbacks import progress_bar
+from recipes.loading import load_recipe
+from recipes.quickstart.checkpoint import make_checkpoint
+from recipes.quickstart.perception import Perception, pretrain
+from recipes.quickstart.pictures import imagination, learning_curves
+from recipes.quickstart.visions import see
+from recipes.quickstart.world import FUTURE, write_world
+from recipes.run import RunResult, run_recipe
+from rl.checkpoints import write_json
+from rl.data.manifest import read_manifest
+from rl.data.media import MediaProcessor
+from rl.errors import RecipeError
+from rl.policy.heads import HeadConfig
+from rl.policy.model import make_policy
+from rl.policy.protocol import LatentProtocol
+
+SPLITS = {"train": 3072, "rl": 1024, "validation": 256, "test": 1024}
+LATENTS = 1 + FUTURE  # the last observed state, then each future one
+PROTOCOL = LatentProtocol(min_length=LATENTS, max_length=LATENTS, max_spans=1)
+MODES = {"free": "left free", "always": "forced", "never": "forbidden"}
+STAGES = ("sft_imagine", "sft_mix", "la_dapo")
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the quickstart keeps what."""
+
+    root: Path
+
+    @property
+    def world(self) -> Path:
+        return self.root / "world"
+
+    @property
+    def perception(self) -> Path:
+        return self.root / "perception"
+
+    def stage(self, name: str) -> Path:
+        return self.root / name
+
+
+def run_quickstart(
+    output: str | Path, seed: int = 0, console: Console | None = None
+) -> dict[str, Any]:
+    """Run or resume the whole chain in `output`; returns what `summary.json` there says.
+
+    Raises `RecipeError` when the folder holds a quickstart of another seed.
+    """
+    console = console or Console()
+    folders, started = Folders(Path(output).resolve()), time.perf_counter()
+    _claim(folders.root, seed)
+    # More threads than this slow so small a model down.
+    torch.set_num_threads(min(torch.get_num_threads(), 2))
+    torch.set_flush_denormal(True)
+
+    with _part(console, 1, "a world of videos"):
+        _write_videos(folders, seed, console)
+    with _part(console, 2, "a tiny Qwen3-VL learns to see"):
+        seeing = _perceive(folders, seed)
+    results: dict[str, RunResult] = {}
+    for number, (stage, title) in enumerate(
+        zip(
+            STAGES,
+            (
+                "SFT: it learns to imagine the future",
+                "SFT: it learns to answer with and without imagining",
+                "LA-DAPO: it learns when to imagine, from right and wrong alone",
+            ),
+            strict=True,
+        ),
+        start=3,
+    ):
+        with _part(console, number, title):
+            results[stage] = run_recipe(_recipe(folders, stage, seed), console)
+
+    before, after = (results[s].evaluation for s in ("sft_mix", "la_dapo"))
+    assert before is not None and after is not None
+    policy = results["la_dapo"].policy
+    curves, vision = folders.root / "curves.png", folders.root / "imagination.png"
+    with _part(console, 6, "pictures"):
+        learning_curves(_history(folders), curves)
+        sample = read_manifest(folders.world / "test.jsonl", limit=1)[0]
+        seen = see(policy, sample)
+        imagination(vision, seen.observed, seen.future, seen.nearest, seen.title)
+
+    summary = {
+        "seed": seed,
+        "seconds": round(time.perf_counter() - started, 1),
+        "test": {"after_sft": before, "after_rl": after},
+        "policy": str(policy),
+        "pictures": [str(curves), str(vision)],
+    }
+    write_json(folders.root / "summary.json", summary)
+    console.print()
+    console.print(results_table(before, after))
+    console.print(f"{summary['seconds']:.0f} s in all. Learning curves: {curves}")
+    console.print(f"What it imagined of one clip: {vision}")
+    console.print(f"The trained policy is in {policy}. To load it:")
+    console.print(
+        f'    from rl import load_policy; policy = load_policy("{policy}")', soft_wrap=True
+    )
+    return summary | {"perception": seeing}
+
+
+def results_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
+    """Accuracy on the test clips after SFT and after RL, mode by mode."""
+    answers = before["modes"]["free"]["answers"]
+    table = Table(
+        title=f"{answers} test clips, greedy answers",
+        title_justify="left",
+        box=SIMPLE,
+        pad_edge=False,
+    )
+    table.add_column("imagining", no_wrap=True)
+    for heading in ("after SFT", "after RL", "gain", "imagined", "spans per answer"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for mode, name in MODES.items():
+        old, new = before["modes"][mode], after["modes"][mode]
+        table.add_row(
+            name,
+            *(f"{100 * m['accuracy']:.1f} ± {100 * m['standard_error']:.1f} %" for m in (old, new)),
+            f"{100 * (new['accuracy'] - old['accuracy']):+.1f}",
+            f"{old['imagining']:.0%} → {new['imagining']:.0%}",
+            f"{old['spans']:.2f} → {new['spans']:.2f}",
+        )
+    return table
+
+
+def _claim(root: Path, seed: int) -> None:
+    """Remember the seed of a folder; refuse to mix two."""
+    path = root / "quickstart.json"
+    if path.is_file() and (there := json.loads(path.read_text())["seed"]) != seed:
+        raise RecipeError(
+            f"{root} holds a quickstart with seed {there}, this one has seed {seed}; choose another --output, or "
+            "delete the folder"
+        )
+    write_json(path, {"seed": seed})
+
+
+@contextmanager
+def _part(console: Console, number: int, title: str) -> Iterator[None]:
+    console.rule(f"[bold]{number}. {title}", align="left", style="dim")
+    started = time.perf_counter()
+    yield
+    console.print(f"[dim]{time.perf_counter() - started:.0f} s[/dim]")
+
+
+def _write_videos(folders: Folders, seed: int, console: Console) -> None:
+    with progress_bar(console) as bar:
+        for split, count in SPLITS.items():
+            task = bar.add_task(f"{split} clips", total=count)
+            write_world(
+                folders.world,
+                split,
+                count,
+                seed,
+                lambda done, _, task=task: bar.update(task, completed=done),
+            )
+
+
+def _perceive(folders: Folders, seed: int) -> list[dict[str, Any]]:
+    plain = folders.root / "plain"
+    if not (plain / "config.json").is_file():
+        make_checkpoint(plain, seed)
+    processor = AutoProcessor.from_pretrained(plain)
+    policy = make_policy(plain, processor, PROTOCOL, HeadConfig("linear"))
+    samples = read_manifest(folders.world / "train.jsonl")
+    return pretrain(
+        policy, MediaProcessor(processor), samples, folders.perception, Perception(seed=seed)
+    )
+
+
+def _recipe(folders: Folders, stage: str, seed: int) -> Any:
+    """The stage's recipe, with the paths of this quickstart."""
+    path = Path(__file__).with_name(f"{stage}.yaml")
+    start = folders.perception if stage == STAGES[0] else folders.stage(_before(stage)) / "policy"
+    changes = {"seed": seed, "output": folders.stage(stage), "policy.path": start}
+    changes["data.train"] = folders.world / ("rl.jsonl" if stage == "la_dapo" else "train.jsonl")
+    if stage == "la_dapo":
+        changes["data.validation"] = folders.world / "validation.jsonl"
+    if stage != STAGES[0]:
+        changes["evaluation.manifest"] = folders.world / "test.jsonl"
+    return load_recipe(path, [f"{key}={json.dumps(v, default=str)}" for key, v in changes.items()])
+
+
+def _before(stage: str) -> str:
+    return STAGES[STAGES.index(stage) - 1]
+
+
+def _history(folders: Folders) -> Iterator[dict[str, Any]]:
+    """Rows for `learning_curves` from the runs' metrics; the two SFT stages are drawn as one."""
+    names = {
+        "validation/accuracy": "validation_accuracy",
+        "rewards/accuracy/mean": "outcome",
+        "latents/share_imagining": "imagined",
+        "groups/trained": "groups_trained",
+    }
+    offset = 0
+    for stage in STAGES:
+        kind = "rl" if stage == "la_dapo" else "sft"
+        rows = [json.loads(line) for line in (folders.stage(stage) / "metrics.jsonl").open()]
+        for row in rows:
+            renamed: dict[str, Any] = {names.get(k, k): v for k, v in row.items()}
+            step = row["step"] + (offset if kind == "sft" else 0)
+            yield {**renamed, "stage": kind, "step": step}
+        offset += max(row["step"] for row in rows)

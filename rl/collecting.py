@@ -1,0 +1,118 @@
+"""Dynamic sampling: groups of trajectories, kept by their outcomes, refilled within bounds.
+
+Source: DAPO (arXiv 2503.14476), which samples until enough groups have both right and wrong answers. TRL has no such
+step. Ours bounds the tries and says of every dropped group why it was dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rl.interfaces import Rollouts, Scorer
+from rl.objective import judge_group
+from rl.trajectory import RolloutRequest, Sample, Sampling, TrajectoryGroup
+
+
+@dataclass(frozen=True)
+class CollectedGroup:
+    """A group, its outcomes [G] (NaN = no value), and whether it is trained on."""
+
+    group: TrajectoryGroup
+    outcome: list[float]
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One group a prompt that was asked for, `tries` rounds of refills later.
+
+    `reasons` counts all groups that were sampled by the verdict on them (see `rl.objective.Verdict`).
+    """
+
+    groups: list[CollectedGroup]
+    refills: int
+    reasons: Counter[str]
+
+
+class GroupCollector:
+    """Samples groups and replaces those without contrast by groups of other prompts.
+
+    Keeps a group when `low` < accuracy < `high`; samples at most `max_refills` more rounds of prompts for those it
+    drops, and hands out dropped groups, marked, where that was not enough. `cursor` counts the refill prompts drawn so
+    far, in an order of their own; a resumed run sets it. Of `world` processes this is number `rank`.
+    """
+
+    def __init__(
+        self,
+        rollouts: Rollouts,
+        scorer: Scorer,
+        samples: Sequence[Sample],
+        *,
+        seed: int,
+        low: float,
+        high: float,
+        max_refills: int,
+        world: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self._rollouts, self._scorer, self._samples = rollouts, scorer, list(samples)
+        self._seed, self._low, self._high, self._max_refills = seed, low, high, max_refills
+        self._world, self._rank = world, rank
+        self.cursor = 0
+
+    def collect(
+        self,
+        samples: Sequence[Sample],
+        size: int,
+        sampling: Sampling,
+        place: str,
+        *,
+        filtering: bool = True,
+    ) -> Collected:
+        """One group of `size` trajectories for each of `samples`, or for what replaces it.
+
+        `place` names the point in the run: with the run's seed it decides every trajectory's seed, so that a resumed
+        run samples what an uninterrupted one would have.
+        """
+        kept: list[CollectedGroup] = []
+        dropped: list[CollectedGroup] = []
+        reasons: Counter[str] = Counter()
+        pending, refills = list(samples), 0
+        while True:
+            groups = self._rollouts.generate(
+                [
+                    RolloutRequest(s, self._seeds(f"{place}/{refills}/{i}/{s.id}", size), sampling)
+                    for i, s in enumerate(pending)
+                ]
+            )
+            for group, outcome in zip(groups, self._scorer.outcomes(groups), strict=True):
+                verdict = judge_group(outcome, self._low, self._high)
+                reasons[verdict.reason] += 1
+                trained = verdict.keep or not filtering
+                (kept if trained else dropped).append(CollectedGroup(group, list(outcome), trained))
+            missing = len(samples) - len(kept)
+            if missing == 0 or refills >= self._max_refills or not filtering:
+                return Collected(kept + dropped[:missing], refills, reasons)
+            pending, refills = self._refill(missing), refills + 1
+
+    def _refill(self, count: int) -> list[Sample]:
+        """The next `count` prompts of this process, each process with its own."""
+        drawn = []
+        for _ in range(count):
+            epoch, index = divmod(self.cursor * self._world + self._rank, len(self._samples))
+            order = np.random.default_rng((self._seed, epoch)).permutation(len(self._samples))
+            drawn.append(self._samples[order[index]])
+            self.cursor += 1
+        return drawn
+
+    def _seeds(self, place: str, size: int) -> tuple[int, ...]:
+        def seed(member: int) -> int:
+            text = f"{self._seed}/{place}/{member}".encode()
+            return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
+
+        return tuple(seed(member) for member in range(size))
