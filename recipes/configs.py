@@ -23,9 +23,14 @@ def config_class(recipe: Recipe) -> type[Any]:
     return LatentSFTConfig
 
 
+def uses_gpu(recipe: Recipe) -> bool:
+    """Whether the run computes on GPUs."""
+    return recipe.device == "auto" and torch.cuda.is_available()
+
+
 def trainer_config(recipe: Recipe) -> Any:
     """The trainer's config: the recipe's settings, `train.extra`, and what follows from the machine."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = uses_gpu(recipe)
     arguments = {
         "output_dir": str(recipe.output / CHECKPOINTS),
         "seed": recipe.seed,

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from recipes.callbacks import MetricsFile, TrainingProgress, Validation, progress_bar
 from recipes.check import Plan, check_recipe, media_processor, reward_specs
-from recipes.configs import lora_config, trainer_config, with_adapters
+from recipes.configs import lora_config, trainer_config, uses_gpu, with_adapters
 from recipes.evaluate import Evaluation, Sampler, evaluate
 from recipes.loading import Recipe
 from recipes.run_folder import RunFolder
@@ -93,7 +93,7 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> RunResult:
             trained = load_policy(run.policy)
             if pool is not None:
                 pool.update_weights(weight_update(trained, recipe.train.max_steps))
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = "cuda" if uses_gpu(recipe) else "cpu"
             sampler = pool or _engine(trained, media, device)
             evaluation = _evaluate(recipe, plan.evaluation, sampler, console)
             console.print(evaluation.table())
@@ -189,7 +189,8 @@ def _pool(
     settings = recipe.rollouts
     gpus = settings.gpus_per_worker
     if gpus is None:  # this machine's, shared out evenly; Ray counts them in ten-thousandths
-        gpus = min(1.0, math.floor(1e4 * torch.cuda.device_count() / settings.workers) / 1e4)
+        there = torch.cuda.device_count() if uses_gpu(recipe) else 0
+        gpus = min(1.0, math.floor(1e4 * there / settings.workers) / 1e4)
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if gpus else "float32"

@@ -19,7 +19,7 @@ from rl.policy.protocol import Density, Imagine
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"]
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 
@@ -378,6 +378,9 @@ class _Recipe(Section):
     name: str = Field(default="run", description="What the run is called in messages.")
     seed: int = Field(default=0, description="Of everything random in the run.")
     output: RecipePath = Field(description="Run folder: checkpoints, metrics, the trained policy.")
+    device: Literal["auto", "cpu"] = Field(
+        default="auto", description="Where to compute; auto: on GPUs where there are any."
+    )
     policy: PolicySection
     data: DataSection
     evaluation: EvaluationSection | None = Field(default=None, description="Null: none.")

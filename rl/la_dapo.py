@@ -124,6 +124,9 @@ class LADAPOTrainer(GRPOTrainer):
         )
         args.beta = self.beta = beta
         self.reward_func_names = list(scorer.names)
+        inner: Any = self.accelerator.unwrap_model(self.model)
+        # The policy inside whatever wraps it. Looked up once: telling a PEFT model takes milliseconds.
+        self.policy: LatentPolicy = inner.get_base_model() if is_peft_model(inner) else inner
         self.collector = GroupCollector(
             rollouts,
             scorer,
@@ -152,12 +155,6 @@ class LADAPOTrainer(GRPOTrainer):
     @property
     def _pad_id(self) -> int:
         return int(self._tokenizer.pad_token_id)  # type: ignore[arg-type]
-
-    @property
-    def policy(self) -> LatentPolicy:
-        """The policy inside whatever wraps it."""
-        model: Any = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if is_peft_model(model) else model
 
     def sync_weights(self) -> None:
         """Bring the workers to the current weights, if they are not there yet."""

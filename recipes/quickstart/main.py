@@ -37,7 +37,7 @@ from rl.policy.heads import HeadConfig
 from rl.policy.model import make_policy
 from rl.policy.protocol import LatentProtocol
 
-SPLITS = {"train": 3072, "rl": 1024, "validation": 256, "test": 1024}
+SPLITS = {"train": 2048, "rl": 1024, "validation": 256, "test": 1024}
 LATENTS = 1 + FUTURE  # the last observed state, then each future one
 PROTOCOL = LatentProtocol(min_length=LATENTS, max_length=LATENTS, max_spans=1)
 MODES = {"free": "left free", "always": "forced", "never": "forbidden"}
@@ -223,7 +223,8 @@ def _history(folders: Folders) -> Iterator[dict[str, Any]]:
         kind = "rl" if stage == "la_dapo" else "sft"
         rows = [json.loads(line) for line in (folders.stage(stage) / "metrics.jsonl").open()]
         for row in rows:
-            renamed: dict[str, Any] = {names.get(k, k): v for k, v in row.items()}
+            for old, new in names.items():
+                row[new] = row.get(old)
             step = row["step"] + (offset if kind == "sft" else 0)
-            yield {**renamed, "stage": kind, "step": step}
+            yield {**row, "stage": kind, "step": step}
         offset += max(row["step"] for row in rows)
