@@ -135,13 +135,13 @@ def results_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
         pad_edge=False,
     )
     table.add_column("imagining", no_wrap=True)
-    for heading in ("after SFT", "after RL", "gain", "imagined", "spans per answer"):
+    for heading in ("after SFT, %", "after RL, %", "gain", "imagined", "spans/answer"):
         table.add_column(heading, justify="right", no_wrap=True)
     for mode, name in MODES.items():
         old, new = before["modes"][mode], after["modes"][mode]
         table.add_row(
             name,
-            *(f"{100 * m['accuracy']:.1f} ± {100 * m['standard_error']:.1f} %" for m in (old, new)),
+            *(f"{100 * m['accuracy']:.1f} ± {100 * m['standard_error']:.1f}" for m in (old, new)),
             f"{100 * (new['accuracy'] - old['accuracy']):+.1f}",
             f"{old['imagining']:.0%} → {new['imagining']:.0%}",
             f"{old['spans']:.2f} → {new['spans']:.2f}",
@@ -199,8 +199,7 @@ def _recipe(folders: Folders, stage: str, seed: int) -> Any:
     start = folders.perception if stage == STAGES[0] else folders.stage(_before(stage)) / "policy"
     changes = {"seed": seed, "output": folders.stage(stage), "policy.path": start}
     changes["data.train"] = folders.world / ("rl.jsonl" if stage == "la_dapo" else "train.jsonl")
-    if stage == "la_dapo":
-        changes["data.validation"] = folders.world / "validation.jsonl"
+    changes["data.validation"] = folders.world / "validation.jsonl"
     if stage != STAGES[0]:
         changes["evaluation.manifest"] = folders.world / "test.jsonl"
     return load_recipe(path, [f"{key}={json.dumps(v, default=str)}" for key, v in changes.items()])

@@ -49,6 +49,8 @@ def learning_curves(history: Iterable[Mapping[str, Any]], path: str | Path) -> N
         axes.set_title(title, loc="left", fontsize=11, color=INK)
         axes.set_xlabel("step")
         axes.set_ylabel(label)
+        if label == "loss":
+            axes.set_yscale("log")
         if label in SHARES:
             axes.set_ylim(0, 1.02)
         if label == "accuracy":
