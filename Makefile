@@ -57,9 +57,8 @@ format: $(STAMP)  ## Let ruff rewrite the files
 quickstart: $(STAMP)  ## Train the tiny video model, from MP4 files to an exported policy (ARGS)
 	$(BIN)/foresight quickstart $(ARGS)
 
-bench: $(STAMP)  ## Run every script in benchmarks/
-	@set -e; for script in benchmarks/*.py; do \
-	  if [ -f "$$script" ]; then echo "== $$script"; $(BIN)/python "$$script"; fi; done
+bench: $(STAMP)  ## Measure how exact replay is (docs/exactness.md)
+	$(BIN)/python -m benchmarks.exactness
 
 clean:  ## Remove caches and build products; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

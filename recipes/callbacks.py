@@ -21,7 +21,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from recipes.evaluate import Evaluation
 from recipes.run_folder import RunFolder
 
-# What a line on the screen shows of a log, where it is there: name in the log, name and format here.
+# What a line on the screen shows of a log, where it is there: name in the log, name and format
+# here.
 _SHOWN = {
     "loss": ("loss", "{:.4f}"),
     "loss_text": ("text", "{:.4f}"),
@@ -111,7 +112,9 @@ class Validation(TrainerCallback):
         self._every = every
 
     def prepare(self, trainer: Trainer, measure: Callable[[], Evaluation]) -> None:
-        """Say whose log to write to and how to measure; the trainer exists only after its callbacks."""
+        """Say whose log to write to and how to measure; the trainer exists only after its
+        callbacks.
+        """
         self._trainer, self._measure = trainer, measure
 
     def on_train_begin(
@@ -129,7 +132,8 @@ class Validation(TrainerCallback):
     def _validate(self, control: TrainerControl) -> None:
         score = self._measure().scores["free"]
         due = control.should_log  # logging clears it, and the training metrics are still to come
-        # The base class's log: GRPOTrainer's own would hand out the training metrics before their time.
+        # The base class's log: GRPOTrainer's own would hand out the training metrics before their
+        # time.
         Trainer.log(
             self._trainer,
             {

@@ -39,8 +39,8 @@ class Plan:
 def check_recipe(recipe: Recipe) -> Plan:
     """Read manifests, the policy's config and processor, and the first clip.
 
-    Raises the error of whatever is wrong: `PolicyError`, `ProtocolError`, `DataError`, `VideoError`,
-    `ObjectiveError` or `RecipeError`.
+    Raises the error of whatever is wrong: `PolicyError`, `ProtocolError`, `DataError`,
+    `VideoError`, `ObjectiveError` or `RecipeError`.
     """
     settings = read_settings(recipe.policy.path)
     protocol, head = _protocol(recipe, settings), _head(recipe, settings)
@@ -49,7 +49,8 @@ def check_recipe(recipe: Recipe) -> Plan:
     if len(train) < (needed := _rows_needed(recipe)):
         key = "train.prompts_per_step" if isinstance(recipe, LADAPORecipe) else "train.batch_size"
         raise RecipeError(
-            f"{key} is {needed}, but {recipe.data.train} gives {len(train)} rows to train on; lower it to "
+            f"{key} is {needed}, but {recipe.data.train} gives {len(train)} rows to train on; "
+            "lower it to "
             f"{len(train)} or less, or add rows"
         )
     processor = AutoProcessor.from_pretrained(recipe.policy.path)
@@ -92,13 +93,15 @@ def read_settings(path: str) -> dict[str, Any] | None:
         if Path(path, POLICY, "config.json").is_file():
             what = f"is a run; its policy is in {Path(path, POLICY)}"
         raise PolicyError(
-            f"policy.path: {path} {what}; give the folder of a policy or a video model, or its name on the Hub"
+            f"policy.path: {path} {what}; give the folder of a policy or a video model, or its "
+            "name on the Hub"
         )
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise PolicyError(
-            f"policy.path: the config of {path} cannot be read ({str(error).splitlines()[0]}); check the path or name"
+            f"policy.path: the config of {path} cannot be read ({str(error).splitlines()[0]}); "
+            "check the path or name"
         ) from error
     policy_class(model_class(config, path))
     return policy_settings(config) if hasattr(config, CONFIG_KEY) else None
@@ -119,7 +122,8 @@ def _head(recipe: Recipe, settings: dict[str, Any] | None) -> HeadConfig:
     own = HeadConfig(**settings["head"])
     if wanted not in (None, own):
         raise PolicyError(
-            f"policy.head: {recipe.policy.path} has a head of kind {own.kind!r} and keeps it; leave the key out, or "
+            f"policy.head: {recipe.policy.path} has a head of kind {own.kind!r} and keeps it; "
+            "leave the key out, or "
             "start from a plain model"
         )
     return own
@@ -135,7 +139,8 @@ def _samples(recipe: Recipe) -> tuple[list[Sample], list[Sample], list[Sample]]:
         )
     elif recipe.train.validate_every is not None:
         raise RecipeError(
-            "train.validate_every asks for validation, but data.validation names no manifest; add one, or leave "
+            "train.validate_every asks for validation, but data.validation names no manifest; add "
+            "one, or leave "
             "validate_every out"
         )
     held_out: list[Sample] = []
@@ -145,7 +150,8 @@ def _samples(recipe: Recipe) -> tuple[list[Sample], list[Sample], list[Sample]]:
         )
         if evaluation.by is not None and not all(evaluation.by in s.extra for s in held_out):
             raise RecipeError(
-                f"evaluation.by is {evaluation.by!r}, which is no column of every row of {evaluation.manifest}; "
+                f"evaluation.by is {evaluation.by!r}, which is no column of every row of "
+                f"{evaluation.manifest}; "
                 "leave it out, or name another column"
             )
     return train, validation, held_out
@@ -165,9 +171,12 @@ def _check_objective(recipe: Recipe, protocol: LatentProtocol) -> None:
         train = recipe.train
         if protocol.noise_scale == 0.0 and (train.latent_alpha > 0.0 or train.latent_beta > 0.0):
             raise ObjectiveError(
-                f"train.latent_alpha is {train.latent_alpha} and train.latent_beta {train.latent_beta}, but the "
-                "policy's noise_scale is 0: latents without noise have no density, and the latent term's gradient is "
-                "exactly zero. Set policy.noise_scale above 0 (0.1 is a start), or set both weights to 0"
+                f"train.latent_alpha is {train.latent_alpha} and train.latent_beta "
+                f"{train.latent_beta}, but the "
+                "policy's noise_scale is 0: latents without noise have no density, and the latent "
+                "term's gradient is "
+                "exactly zero. Set policy.noise_scale above 0 (0.1 is a start), or set both "
+                "weights to 0"
             )
     trainer_config(recipe)
 
@@ -184,7 +193,8 @@ def _check_lessons(
 
     if recipe.train.start_at_mean and head.kind == "identity":
         raise PolicyError(
-            "train.start_at_mean needs a latent head with a bias, but the policy's head is the identity; leave it out, "
+            "train.start_at_mean needs a latent head with a bias, but the policy's head is the "
+            "identity; leave it out, "
             "or choose another policy.head"
         )
     for sample in samples:

@@ -1,4 +1,6 @@
-"""The command line. Imports that load torch stand inside the commands, so that ``--help`` is immediate."""
+"""The command line. Imports that load torch stand inside the commands, so that ``--help`` is
+immediate.
+"""
 
 from __future__ import annotations
 
@@ -164,7 +166,9 @@ def quickstart(
     output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/quickstart"),
     debug: Debug = False,
 ) -> None:
-    """Teach a tiny video model to imagine, from video files to an exported policy, in minutes on a CPU."""
+    """Teach a tiny video model to imagine, from video files to an exported policy, in minutes on a
+    CPU.
+    """
     with _errors(debug):
         with _loading():
             from recipes.quickstart.main import run_quickstart
@@ -173,7 +177,9 @@ def quickstart(
 
 @contextmanager
 def _loading() -> Iterator[None]:
-    """torch, transformers and TRL take seconds to load; say so meanwhile. Their chatter is left out."""
+    """torch, transformers and TRL take seconds to load; say so meanwhile. Their chatter is left
+    out.
+    """
     with Console(stderr=True).status("loading"):
         from transformers.utils import logging
 
@@ -186,7 +192,9 @@ def _loading() -> Iterator[None]:
 
 @contextmanager
 def _errors(debug: bool) -> Iterator[None]:
-    """Turn errors raised on purpose into one message and an exit code: 2 for what the user can correct, else 1."""
+    """Turn errors raised on purpose into one message and an exit code: 2 for what the user can
+    correct, else 1.
+    """
     try:
         yield
     except KeyboardInterrupt:

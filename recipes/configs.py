@@ -29,7 +29,9 @@ def uses_gpu(recipe: Recipe) -> bool:
 
 
 def trainer_config(recipe: Recipe) -> Any:
-    """The trainer's config: the recipe's settings, `train.extra`, and what follows from the machine."""
+    """The trainer's config: the recipe's settings, `train.extra`, and what follows from the
+    machine.
+    """
     on_gpu = uses_gpu(recipe)
     arguments = {
         "output_dir": str(recipe.output / CHECKPOINTS),
@@ -47,7 +49,8 @@ def trainer_config(recipe: Recipe) -> Any:
         raise
     except (ValueError, TypeError) as error:
         raise RecipeError(
-            f"train: the trainer refuses these settings ({' '.join(str(error).split())}); correct `train` or "
+            f"train: the trainer refuses these settings ({' '.join(str(error).split())}); correct "
+            "`train` or "
             "`train.extra`"
         ) from error
 
@@ -58,12 +61,14 @@ def lora_config(section: LoraSection | None) -> Any:
         return None
     from peft import LoraConfig
 
-    modules: Any = section.target_modules
-    return LoraConfig(r=section.r, lora_alpha=section.alpha, target_modules=modules)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"r": section.r, "lora_alpha": section.alpha}
+    return LoraConfig(**settings, target_modules=section.target_modules)
 
 
 def with_adapters(policy: Any, section: LoraSection | None) -> Any:
-    """The policy with LoRA adapters on it (its latent head is trained whole), or itself without a section."""
+    """The policy with LoRA adapters on it (its latent head is trained whole), or itself without a
+    section.
+    """
     if section is None:
         return policy
     from peft import get_peft_model

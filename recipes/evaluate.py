@@ -30,9 +30,9 @@ class Sampler(Protocol):
 class Score:
     """One mode's figures over `answers` answers.
 
-    `judged` of them have a reference that can be judged, `right` of those are right. `imagining` is the
-    share of answers with a latent span, `cut_short` the share that hit the length limit; `spans`, `latents`
-    and `tokens` are means an answer (tokens without latents).
+    `judged` of them have a reference that can be judged, `right` of those are right. `imagining` is
+    the share of answers with a latent span, `cut_short` the share that hit the length limit;
+    `spans`, `latents` and `tokens` are means an answer (tokens without latents).
     """
 
     answers: int
@@ -111,12 +111,13 @@ def evaluate(
 ) -> Evaluation:
     """Answer every sample greedily in each mode.
 
-    `by` names a manifest column to break the figures down by (`DataError` if rows lack it); `advance` is told
-    how many answers have come in.
+    `by` names a manifest column to break the figures down by (`DataError` if rows lack it);
+    `advance` is told how many answers have come in.
     """
     if by is not None and (lacking := [s.id for s in samples if by not in s.extra]):
         raise DataError(
-            f"sample {lacking[0]!r} and {len(lacking) - 1} others have no column {by!r} to break figures down "
+            f"sample {lacking[0]!r} and {len(lacking) - 1} others have no column {by!r} to break "
+            "figures down "
             "by; add it to the manifest, or leave the breakdown out"
         )
     scores: dict[str, Score] = {}

@@ -37,8 +37,8 @@ def evaluate_policy(
 ) -> Evaluation:
     """Evaluate a policy folder, or the policy of a run, on a manifest with `workers` Ray workers.
 
-    Raises `RecipeError` for an unknown mode, `PolicyError` or `CheckpointError` for a folder that holds no policy,
-    and the errors of manifests and videos.
+    Raises `RecipeError` for an unknown mode, `PolicyError` or `CheckpointError` for a folder that
+    holds no policy, and the errors of manifests and videos.
     """
     console = console or Console()
     chosen: list[Imagine] = [mode for mode in MODES if mode in modes]
@@ -47,7 +47,8 @@ def evaluate_policy(
     folder, _ = find_policy(policy)
     if not is_policy(folder):
         raise PolicyError(
-            f"{folder} is no policy folder; if it holds LoRA adapters, `foresight export` makes a policy of it"
+            f"{folder} is no policy folder; if it holds LoRA adapters, `foresight export` makes a "
+            "policy of it"
         )
     samples = read_manifest(manifest, video_root=video_root, limit=limit)
     settings: dict[str, Any] = {"default_frames": default_frames, "system_prompt": system_prompt}

@@ -1,4 +1,6 @@
-"""From a YAML file and `--set` values to a `Recipe`, or one message with everything that is wrong."""
+"""From a YAML file and `--set` values to a `Recipe`, or one message with everything that is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -174,7 +176,9 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 
 
 def _extra_problems(recipe: Recipe) -> Iterator[str]:
-    """What is wrong with `train.extra`: unknown arguments, wrong types, and what has a key of its own."""
+    """What is wrong with `train.extra`: unknown arguments, wrong types, and what has a key of its
+    own.
+    """
     if not recipe.train.extra:
         return
     from recipes.configs import config_class  # here, because it loads the trainers

@@ -1,4 +1,6 @@
-"""The main loop: a recipe becomes a trained policy on disk. `run_recipe` is where to start reading."""
+"""The main loop: a recipe becomes a trained policy on disk. `run_recipe` is where to start
+reading.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ class RunResult:
 
 
 def run_recipe(recipe: Recipe, console: Console | None = None) -> RunResult:
-    """Train what the recipe says, resuming where an earlier call stopped. Raises `ForesightError`s."""
+    """Train what the recipe says, resuming where an earlier call stopped. Raises
+    `ForesightError`s.
+    """
     console = console or Console()
     run = RunFolder(recipe.output)
 
@@ -162,7 +166,9 @@ def _train(
 
 
 def _start_policy(recipe: Recipe, plan: Plan, run: RunFolder, console: Console) -> str:
-    """Where the policy to start from is; made and kept in the run folder if the recipe's path is not that policy."""
+    """Where the policy to start from is; made and kept in the run folder if the recipe's path is
+    not that policy.
+    """
     if plan.as_it_is:
         return recipe.policy.path
     if not run.start.is_dir():

@@ -52,12 +52,14 @@ class RunFolder:
             changed = [k for k in differing_keys(stored, recipe) if not _harmless(k, recipe)]
             if changed:
                 raise RecipeError(
-                    f"{self.root} holds a run of another recipe, which differs in {', '.join(changed[:8])}; to start "
+                    f"{self.root} holds a run of another recipe, which differs in "
+                    f"{', '.join(changed[:8])}; to start "
                     "anew give another `output` or delete the folder, to resume undo the change"
                 )
         elif self.checkpoints.exists():
             raise RecipeError(
-                f"{self.root} holds checkpoints but no recipe.yaml that says what they are of; give another `output`"
+                f"{self.root} holds checkpoints but no recipe.yaml that says what they are of; "
+                "give another `output`"
             )
         self.root.mkdir(parents=True, exist_ok=True)
         draft = self.recipe.with_name("recipe.yaml.part")
@@ -65,7 +67,9 @@ class RunFolder:
         draft.replace(self.recipe)
 
     def resumption(self) -> Resumption:
-        """The last whole checkpoint. Metrics logged after it are dropped: their steps come again."""
+        """The last whole checkpoint. Metrics logged after it are dropped: their steps come
+        again.
+        """
         newest = last_complete(self.checkpoints)
         whole = {newest} if newest else set()
         found = sorted(self.checkpoints.glob("checkpoint-*"))

@@ -1,9 +1,10 @@
 """What a recipe may say: one typed model, and the one place of every default a recipe has.
 
 A recipe is a YAML file that says a whole run. Relative paths in it are relative to the recipe file.
-The defaults are Future-L1's published ones where there are any (arXiv 2606.05769, OpenGVLab/Future-L1;
-marked "Future-L1" below); all of them reach the trainer explicitly, so that what a trainer does by
-itself never matters to a recipe. `recipes.loading.load_recipe` reads one from a file.
+The defaults are Future-L1's published ones where there are any (arXiv 2606.05769,
+OpenGVLab/Future-L1; marked "Future-L1" below); all of them reach the trainer explicitly, so that
+what a trainer does by itself never matters to a recipe. `recipes.loading.load_recipe` reads one
+from a file.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class PolicySection(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="What the trainer holds its weights in. On a GPU it computes in bfloat16 anyway.",
+        description="What the trainer holds its weights in; on a GPU it computes in bfloat16.",
     )
 
     @field_validator("path")
@@ -215,7 +216,9 @@ class TrainSection(Section):
 
     @property
     def rows_per_pass(self) -> int:
-        """Rows in a forward pass: the largest number up to `micro_batch` that divides a step's rows."""
+        """Rows in a forward pass: the largest number up to `micro_batch` that divides a step's
+        rows.
+        """
         top = min(self.micro_batch, self.rows_per_step)
         return next(n for n in range(top, 0, -1) if self.rows_per_step % n == 0)
 
@@ -326,7 +329,7 @@ class SFTSection(TrainSection):
     batch_size: Count = Field(default=128, description="Rows a step (Future-L1).")
     latent_weight: NotNegative = Field(
         default=1.0,
-        description="λ of the latent loss, which is divided by the targets' variance (Future-L1: 0.2, undivided).",
+        description="λ of the latent loss, divided by the targets' variance (Future-L1: 0.2, not).",
     )
     latent_loss: Literal["mse", "cosine"] = Field(
         default="mse", description="Its kind (Future-L1)."

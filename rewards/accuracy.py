@@ -83,6 +83,8 @@ def accuracy_rewards(
     options: Sequence[Sequence[str]],
     **_: Any,
 ) -> list[float | None]:
-    """`accuracy` of each completion, with TRL's signature. `answer`, `options`: manifest columns."""
+    """`accuracy` of each completion, with TRL's signature. `answer`, `options`: manifest
+    columns.
+    """
     rows = zip(completions, answer, options, strict=True)
     return [accuracy(completion_text(c), a, o) for c, a, o in rows]

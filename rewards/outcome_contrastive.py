@@ -67,8 +67,8 @@ def outcome_contrastive(
 ) -> list[float | None]:
     """The reward of each trajectory of one group; see the module for the formulas.
 
-    `latents[i]` is [T_i, H], the latents of all spans of trajectory i in order, or None (or T_i = 0)
-    if it has none; `correct[i]` is its outcome. Range: "bounded" [0, 1] or None; "published"
+    `latents[i]` is [T_i, H], the latents of all spans of trajectory i in order, or None (or T_i =
+    0) if it has none; `correct[i]` is its outcome. Range: "bounded" [0, 1] or None; "published"
     [0, max(1, 1/temperature)].
     """
     _check_options(temperature, scale)

@@ -3,33 +3,52 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rl.torchvision_shim import install as _install_torchvision_shim
+
+if TYPE_CHECKING:
+    from rl.data.manifest import read_manifest
+    from rl.la_dapo import LADAPOTrainer
+    from rl.la_dapo_config import LADAPOConfig
+    from rl.policy.heads import HeadConfig
+    from rl.policy.model import load_policy, make_policy
+    from rl.policy.protocol import LatentProtocol
+    from rl.trajectory import Sample, Sampling, Trajectory, TrajectoryGroup
+
+__all__ = [
+    "HeadConfig",
+    "LADAPOConfig",
+    "LADAPOTrainer",
+    "LatentProtocol",
+    "Sample",
+    "Sampling",
+    "Trajectory",
+    "TrajectoryGroup",
+    "load_policy",
+    "make_policy",
+    "read_manifest",
+]
 
 # Here, because every module of Foresight that imports transformers imports a part of `rl` first, in
 # Ray workers too, and the shim must run before that. It costs the import of torch, which `rl` needs
 # anyway.
 _install_torchvision_shim()
 
-# Public names and where they live. Resolved on first use, so that `import rl` stays light.
-_EXPORTS = {
-    "LADAPOConfig": "rl.la_dapo",
-    "LADAPOTrainer": "rl.la_dapo",
-    "LatentProtocol": "rl.policy.protocol",
-    "HeadConfig": "rl.policy.heads",
-    "Sample": "rl.trajectory",
-    "Sampling": "rl.trajectory",
-    "Trajectory": "rl.trajectory",
-    "TrajectoryGroup": "rl.trajectory",
-    "load_policy": "rl.policy.model",
-    "make_policy": "rl.policy.model",
-    "read_manifest": "rl.data.manifest",
+# Where the public names live. Resolved on first use, so that `import rl` stays light.
+_HOMES = {
+    "rl.data.manifest": ("read_manifest",),
+    "rl.la_dapo": ("LADAPOTrainer",),
+    "rl.la_dapo_config": ("LADAPOConfig",),
+    "rl.policy.heads": ("HeadConfig",),
+    "rl.policy.model": ("load_policy", "make_policy"),
+    "rl.policy.protocol": ("LatentProtocol",),
+    "rl.trajectory": ("Sample", "Sampling", "Trajectory", "TrajectoryGroup"),
 }
-__all__ = sorted(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'rl' has no attribute {name!r}")
-    return getattr(import_module(_EXPORTS[name]), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module 'rl' has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """Checkpoints that are known to be whole.
 
-transformers writes a checkpoint file by file, so a killed run leaves a folder that looks like one. Ours gets a state
-file once everything else is written; a folder without it is not resumed from.
+transformers writes a checkpoint file by file, so a killed run leaves a folder that looks like one.
+Ours gets a state file once everything else is written; a folder without it is not resumed from.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class CompleteCheckpoints(TrainerCallback):
-    """Writes the state file of each checkpoint, last; `state` gives what else a resumed run needs to know."""
+    """Writes the state file of each checkpoint, last; `state` gives what else a resumed run needs
+    to know.
+    """
 
     def __init__(self, state: Callable[[], dict[str, Any]] = dict) -> None:
         self._state = state

@@ -1,7 +1,8 @@
 """Dynamic sampling: groups of trajectories, kept by their outcomes, refilled within bounds.
 
-Source: DAPO (arXiv 2503.14476), which samples until enough groups have both right and wrong answers. TRL has no such
-step. Ours bounds the tries and says of every dropped group why it was dropped.
+Source: DAPO (arXiv 2503.14476), which samples until enough groups have both right and wrong
+answers. TRL has no such step. Ours bounds the tries and says of every dropped group why it was
+dropped.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class CollectedGroup:
 class Collected:
     """One group a prompt that was asked for, `tries` rounds of refills later.
 
-    `reasons` counts all groups that were sampled by the verdict on them (see `rl.objective.Verdict`).
+    `reasons` counts all groups that were sampled by the verdict on them (see
+    `rl.objective.Verdict`).
     """
 
     groups: list[CollectedGroup]
@@ -42,9 +44,10 @@ class Collected:
 class GroupCollector:
     """Samples groups and replaces those without contrast by groups of other prompts.
 
-    Keeps a group when `low` < accuracy < `high`; samples at most `max_refills` more rounds of prompts for those it
-    drops, and hands out dropped groups, marked, where that was not enough. `cursor` counts the refill prompts drawn so
-    far, in an order of their own; a resumed run sets it. Of `world` processes this is number `rank`.
+    Keeps a group when `low` < accuracy < `high`; samples at most `max_refills` more rounds of
+    prompts for those it drops, and hands out dropped groups, marked, where that was not enough.
+    `cursor` counts the refill prompts drawn so far, in an order of their own; a resumed run sets
+    it. Of `world` processes this is number `rank`.
     """
 
     def __init__(
@@ -76,8 +79,8 @@ class GroupCollector:
     ) -> Collected:
         """One group of `size` trajectories for each of `samples`, or for what replaces it.
 
-        `place` names the point in the run: with the run's seed it decides every trajectory's seed, so that a resumed
-        run samples what an uninterrupted one would have.
+        `place` names the point in the run: with the run's seed it decides every trajectory's seed,
+        so that a resumed run samples what an uninterrupted one would have.
         """
         kept: list[CollectedGroup] = []
         dropped: list[CollectedGroup] = []

@@ -14,9 +14,9 @@
     │   └── SyncError      (TimeoutError)       a weight update did not arrive
     └── CheckpointError    (RuntimeError)       a checkpoint that cannot be used
 
-Each also derives from the standard exception it stands for. None takes extra constructor arguments, so that all
-of them survive the pickling between Ray processes. A message says what is wrong, which sample, file, row or key it
-is, and what to do.
+Each also derives from the standard exception it stands for. None takes extra constructor arguments,
+so that all of them survive the pickling between Ray processes. A message says what is wrong, which
+sample, file, row or key it is, and what to do.
 """
 
 

@@ -1,7 +1,7 @@
 """From a run, a checkpoint or a policy to a plain, verified policy folder.
 
-The folder holds safetensors, ``config.json`` with the ``foresight`` entry, the generation config and the
-processor's files; `rl.load_policy` needs nothing else.
+The folder holds safetensors, ``config.json`` with the ``foresight`` entry, the generation config
+and the processor's files; `rl.load_policy` needs nothing else.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ def export_policy(
 ) -> Path:
     """Write the policy in `source` to the folder `target` and check that it reloads the same.
 
-    `source` is a run folder (its finished policy, or else its last whole checkpoint), a checkpoint (of all weights,
-    or of LoRA adapters, which are merged into `base`, by default the policy they were trained on) or a policy
-    folder. `dtype` changes the weights' type. Raises `CheckpointError` where the source cannot be used, the target
-    is taken, or the reloaded policy differs; `target` then is as it was.
+    `source` is a run folder (its finished policy, or else its last whole checkpoint), a checkpoint
+    (of all weights, or of LoRA adapters, which are merged into `base`, by default the policy they
+    were trained on) or a policy folder. `dtype` changes the weights' type. Raises `CheckpointError`
+    where the source cannot be used, the target is taken, or the reloaded policy differs; `target`
+    then is as it was.
     """
     folder, start = find_policy(source)
     policy = _load(folder, Path(base) if base is not None else start)
@@ -61,14 +62,17 @@ def save_policy(policy: Any, processor: Any, folder: Path) -> None:
 
 
 def find_policy(source: str | Path) -> tuple[Path, Path | None]:
-    """The folder with weights that `source` stands for, and, if it is part of a run, what that started from."""
+    """The folder with weights that `source` stands for, and, if it is part of a run, what that
+    started from.
+    """
     folder = Path(source)
     if not folder.is_dir():
         raise CheckpointError(f"{source}: no such folder; give a run, a checkpoint or a policy")
     if _has_weights(folder):
         if folder.name.startswith("checkpoint-") and not (folder / STATE_FILE).is_file():
             raise CheckpointError(
-                f"{source}: the checkpoint was not written to its end (it has no {STATE_FILE}); use another one"
+                f"{source}: the checkpoint was not written to its end (it has no {STATE_FILE}); "
+                "use another one"
             )
         start = folder.parent.parent / START
         return folder, start if is_policy(start) else None
@@ -77,7 +81,8 @@ def find_policy(source: str | Path) -> tuple[Path, Path | None]:
     newest = last_complete(folder / CHECKPOINTS) or last_complete(folder)
     if newest is None:
         raise CheckpointError(
-            f"{source}: neither a policy (config.json), nor a checkpoint, nor a run with a finished policy or a whole "
+            f"{source}: neither a policy (config.json), nor a checkpoint, nor a run with a "
+            "finished policy or a whole "
             "checkpoint; check the path, or let the run reach its first checkpoint"
         )
     return find_policy(newest)
@@ -91,7 +96,8 @@ def is_policy(folder: Path) -> bool:
 
 @contextmanager
 def whole_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write to, which becomes `target` if the block succeeds and vanishes if it does not.
+    """A folder to write to, which becomes `target` if the block succeeds and vanishes if it does
+    not.
 
     Raises `CheckpointError` if `target` exists with something in it, unless `overwrite`.
     """
@@ -118,7 +124,8 @@ def whole_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Pat
 
 @torch.no_grad()
 def verify(policy: Any, folder: str | Path) -> None:
-    """Reload `folder` and compare it with `policy`: parameters, and logits and latent means on a prompt with latents.
+    """Reload `folder` and compare it with `policy`: parameters, and logits and latent means on a
+    prompt with latents.
 
     Raises `CheckpointError`.
     """
@@ -131,7 +138,8 @@ def verify(policy: Any, folder: str | Path) -> None:
     ]
     if changed or len(ours) != len(theirs):
         raise CheckpointError(
-            f"{folder}: {len(changed)} parameters changed between saving and loading, such as {changed[:3]}; nothing "
+            f"{folder}: {len(changed)} parameters changed between saving and loading, such as "
+            f"{changed[:3]}; nothing "
             "was exported. Check the disk, and that transformers is the version in pyproject.toml"
         )
     ids, latents = _probe(policy, folder)
@@ -143,7 +151,8 @@ def verify(policy: Any, folder: str | Path) -> None:
     )
     if not gap <= _TOLERANCE:
         raise CheckpointError(
-            f"{folder}: the reloaded policy's outputs differ by {gap:.2g} (at most {_TOLERANCE} is allowed); nothing "
+            f"{folder}: the reloaded policy's outputs differ by {gap:.2g} (at most {_TOLERANCE} is "
+            "allowed); nothing "
             "was exported. Check that transformers is the version in pyproject.toml"
         )
 
@@ -194,7 +203,8 @@ def _load(folder: Path, base: Path | None) -> Any:
     if not (folder / "adapter_config.json").is_file():
         if not is_policy(folder):
             raise PolicyError(
-                f"{folder} holds a plain model, no latent policy: its config.json has no {CONFIG_KEY!r} entry. Make a "
+                f"{folder} holds a plain model, no latent policy: its config.json has no "
+                f"{CONFIG_KEY!r} entry. Make a "
                 "policy of it with `rl.make_policy`, or export what a run has trained"
             )
         return load_policy(folder, dtype="auto")
@@ -208,7 +218,8 @@ def _load(folder: Path, base: Path | None) -> Any:
         policy = load_policy(base, dtype="auto")
     except (OSError, PolicyError) as error:
         raise CheckpointError(
-            f"{folder} holds LoRA adapters, and {base}, which they belong to, cannot be loaded as a policy; say where "
+            f"{folder} holds LoRA adapters, and {base}, which they belong to, cannot be loaded as "
+            "a policy; say where "
             f"the policy is that they were trained on (--base). {error}"
         ) from error
     adapted: Any = PeftModel.from_pretrained(policy, str(folder))

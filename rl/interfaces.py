@@ -15,9 +15,10 @@ from rl.trajectory import MediaKey, RolloutRequest, TrajectoryGroup
 class Media:
     """One clip, processed: the tensors a model's forward takes, and when its frames were.
 
-    `inputs` holds `pixel_values_videos` [N, D], `video_grid_thw` [1, 3] and whatever else the model family needs
-    (`second_per_grid_ts` [1] for Qwen2.5-VL). `placeholder` is the text that replaces the clip's one video token
-    in the prompt (timestamps and as many video tokens as the clip has merged patches).
+    `inputs` holds `pixel_values_videos` [N, D], `video_grid_thw` [1, 3] and whatever else the model
+    family needs (`second_per_grid_ts` [1] for Qwen2.5-VL). `placeholder` is the text that replaces
+    the clip's one video token in the prompt (timestamps and as many video tokens as the clip has
+    merged patches).
     """
 
     key: MediaKey
@@ -62,7 +63,8 @@ class Rollouts(Engine, Protocol):
 class GroupScores:
     """Rewards of one group of G trajectories. NaN stands for "no value".
 
-    `components[name]` are the unweighted values [G] of one reward; `outcome` [G] is 1 for right, 0 for wrong.
+    `components[name]` are the unweighted values [G] of one reward; `outcome` [G] is 1 for right, 0
+    for wrong.
     """
 
     outcome: list[float]

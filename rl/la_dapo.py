@@ -1,12 +1,14 @@
 """LA-DAPO: DAPO for policies that think in latents, on TRL's GRPOTrainer.
 
-The one file that touches TRL's private members (`TRL_MEMBERS`, pinned by a test). What TRL keeps: the sampler, reward
-statistics and advantages, the clipped token term and its KL, metrics, callbacks, checkpoints, PEFT. What is ours: the
-rollouts come from a pool and carry their latents, the group filter looks at outcomes and refills, log-probs are an
-exact replay with the stored latents fed back, and the latent term.
+The one file that touches TRL's private members (`TRL_MEMBERS`, pinned by a test). What TRL keeps:
+the sampler, reward statistics and advantages, the clipped token term and its KL, metrics,
+callbacks, checkpoints, PEFT. What is ours: the rollouts come from a pool and carry their latents,
+the group filter looks at outcomes and refills, log-probs are an exact replay with the stored
+latents fed back, and the latent term.
 
-Source: LA-DAPO is the trainer of Future-L1 (arXiv 2606.05769); its released code scores text without the latents it
-was conditioned on and compares each latent with the wrong hidden state, so this is our reconstruction.
+Source: LA-DAPO is the trainer of Future-L1 (arXiv 2606.05769); its released code scores text
+without the latents it was conditioned on and compares each latent with the wrong hidden state, so
+this is our reconstruction.
 """
 
 from __future__ import annotations
@@ -45,15 +47,16 @@ from rl.scoring import Replay, collate, replay
 from rl.trajectory import Sample, Sampling, Trajectory
 from rl.weights import weight_update
 
-# The private members of GRPOTrainer used here, with the arguments relied on. A test compares them with the installed
-# TRL, so that an upgrade that moves one fails loudly.
+# The private members of GRPOTrainer used here, with the arguments relied on. A test compares them
+# with the installed TRL, so that an upgrade that moves one fails loudly.
 TRL_MEMBERS: dict[str, tuple[str, ...]] = {
     "_generate_and_score_completions": ("self", "inputs"),
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "_get_per_token_logps_and_entropies": (
-        "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
-        "compute_aux_loss", "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
-        "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+        "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
+        "compute_entropy", "compute_aux_loss", "pixel_values", "image_grid_thw", "num_images",
+        "pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes", "token_type_ids",
+        "mm_token_type_ids", "image_position_ids",
     ),
     "_compute_loss": ("self", "model", "inputs"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
@@ -63,9 +66,9 @@ TRL_MEMBERS: dict[str, tuple[str, ...]] = {
 class LADAPOTrainer(GRPOTrainer):
     """Trains a `LatentPolicy` on trajectories sampled by `rollouts` and scored by `scorer`.
 
-    `model` is the policy, `samples` the prompts, `processing_class` its processor (saved with each checkpoint). With
-    `peft_config` the adapters are trained and the latent head is saved whole. Raises `ObjectiveError` when the latent
-    term is asked for and the policy has no noise.
+    `model` is the policy, `samples` the prompts, `processing_class` its processor (saved with each
+    checkpoint). With `peft_config` the adapters are trained and the latent head is saved whole.
+    Raises `ObjectiveError` when the latent term is asked for and the policy has no noise.
     """
 
     args: LADAPOConfig  # narrower than TRL's
@@ -101,14 +104,16 @@ class LADAPOTrainer(GRPOTrainer):
         self._synced_step: int | None = None
         self._last_sampled = (-1, 0)  # the step of the last rollout, and its number in that step
         if peft_config is not None and any(True for _ in model.latent_head.parameters()):
-            kept = set(getattr(peft_config, "modules_to_save", None) or ())
-            peft_config.modules_to_save = sorted(kept | {"latent_head"})  # type: ignore[attr-defined]
+            adapters: Any = peft_config
+            adapters.modules_to_save = sorted({*(adapters.modules_to_save or ()), "latent_head"})
         wants_reference = args.beta != 0.0 or args.latent_beta != 0.0
         reference = copy.deepcopy(model) if wants_reference and peft_config is None else None
         args.reward_weights = list(scorer.weights)
-        # TRL would load the reference by the model's class name, without its latent head: it gets none to load.
+        # TRL would load the reference by the model's class name, without its latent head: it gets
+        # none to load.
         beta, args.beta = args.beta, 0.0
-        # TRL warns that `rollout_func` may change; `TRL_MEMBERS` and the pinned version are our answer.
+        # TRL warns that `rollout_func` may change; `TRL_MEMBERS` and the pinned version are our
+        # answer.
         warnings.filterwarnings("ignore", message=".*rollout_func.*", category=UserWarning)
         super().__init__(
             model=model,
@@ -125,7 +130,8 @@ class LADAPOTrainer(GRPOTrainer):
         args.beta = self.beta = beta
         self.reward_func_names = list(scorer.names)
         inner: Any = self.accelerator.unwrap_model(self.model)
-        # The policy inside whatever wraps it. Looked up once: telling a PEFT model takes milliseconds.
+        # The policy inside whatever wraps it. Looked up once: telling a PEFT model takes
+        # milliseconds.
         self.policy: LatentPolicy = inner.get_base_model() if is_peft_model(inner) else inner
         self.collector = GroupCollector(
             rollouts,
@@ -140,7 +146,7 @@ class LADAPOTrainer(GRPOTrainer):
         )
         self.ref_model = self._prepare_reference(reference)
 
-    # -- the reference policy and the workers' weights ----------------------------------------------------------
+    # -- the reference policy and the workers' weights ---------------------------------------------
 
     def _prepare_reference(self, reference: Any) -> Any:
         if reference is None:
@@ -192,7 +198,8 @@ class LADAPOTrainer(GRPOTrainer):
         self._handed = collected.groups
         trajectories = [t for group in groups for t in group]
         rows = [_row(t.sample) for t in groups for _ in range(size)]
-        # With β at 0 TRL makes at most one pass here, for the old log-probs, which the sampler has already given.
+        # With β at 0 TRL makes at most one pass here, for the old log-probs, which the sampler has
+        # already given.
         self._replaying, (beta, self.beta) = None, (self.beta, 0.0)
         try:
             out = super()._generate_and_score_completions(rows)
@@ -241,7 +248,7 @@ class LADAPOTrainer(GRPOTrainer):
         lag = self.state.global_step - np.array([t.policy_version for t in trajectories])
         metrics["rollouts/staleness"].append(float(lag.mean()))
 
-    # -- replay: TRL asks for log-probs, we score the stored trajectories -----------------------------------------
+    # -- replay: TRL asks for log-probs, we score the stored trajectories --------------------------
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -259,7 +266,8 @@ class LADAPOTrainer(GRPOTrainer):
                 "router_aux_loss_coef is not supported: replay has no router logits"
             )
         if self._replaying is None:
-            # The old policy's pass: the sampler's own log-probs are exact, and `out` takes them anyway.
+            # The old policy's pass: the sampler's own log-probs are exact, and `out` takes them
+            # anyway.
             return (
                 input_ids.new_zeros((len(input_ids), logits_to_keep), dtype=torch.float32),
                 None,
@@ -293,7 +301,9 @@ class LADAPOTrainer(GRPOTrainer):
     def _score_reference(
         self, trajectories: Sequence[Trajectory], out: dict[str, Any]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The reference policy's log-probs [B, C], and its latent means, one tensor [L_i, H] a trajectory."""
+        """The reference policy's log-probs [B, C], and its latent means, one tensor [L_i, H] a
+        trajectory.
+        """
         with self._reference_policy() as model:
             replays = self._replay(model, trajectories, self.args.per_device_train_batch_size)
         logps = _pad_to(out["completion_ids"].size(1), [r.logprobs for r in replays])
@@ -309,7 +319,7 @@ class LADAPOTrainer(GRPOTrainer):
         with adapters:
             yield self.ref_model if self.ref_model is not None else self.model
 
-    # -- the loss -----------------------------------------------------------------------------------------------
+    # -- the loss ----------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         self._replaying = inputs["trajectories"]
@@ -322,7 +332,9 @@ class LADAPOTrainer(GRPOTrainer):
         return loss + self._latent_loss(replayed, inputs)
 
     def _latent_loss(self, replayed: Replay, inputs: dict[str, Any]) -> torch.Tensor:
-        """α·L_latent + β_z·KL_latent over this micro-batch, normalised by the latents of the whole batch."""
+        """α·L_latent + β_z·KL_latent over this micro-batch, normalised by the latents of the whole
+        batch.
+        """
         mode = "train" if self.model.training else "eval"
         device, args, protocol = self.accelerator.device, self.args, self.policy.protocol
         trajectories: list[Trajectory] = inputs["trajectories"]
@@ -335,7 +347,8 @@ class LADAPOTrainer(GRPOTrainer):
             normalizer = (
                 normalizer * self.current_gradient_accumulation_steps / args.steps_per_generation
             )
-        # The head stays in the graph even where no latent is trained, so that DDP finds its gradients.
+        # The head stays in the graph even where no latent is trained, so that DDP finds its
+        # gradients.
         loss = replayed.means.sum() * 0.0
         if replayed.latent_logprobs is None or not bool(on_L.any()):
             return loss
@@ -393,12 +406,14 @@ class LADAPOTrainer(GRPOTrainer):
             self._metrics[mode]["replay/max_latent_gap"].append(latent_gap.max().item())
         if self.args.max_mismatch is not None and worst > self.args.max_mismatch:
             raise ObjectiveError(
-                f"at step {self.state.global_step} the trainer gives a token a log-prob {worst:.2g} away from the "
-                f"sampler's (max_mismatch is {self.args.max_mismatch}); the workers hold other weights or see other "
+                f"at step {self.state.global_step} the trainer gives a token a log-prob "
+                f"{worst:.2g} away from the "
+                f"sampler's (max_mismatch is {self.args.max_mismatch}); the workers hold other "
+                "weights or see other "
                 "inputs, and ratios would be wrong"
             )
 
-    # -- resuming -----------------------------------------------------------------------------------------------
+    # -- resuming ----------------------------------------------------------------------------------
 
     def _resume_state(self) -> dict[str, Any]:
         return {"refill_cursor": self.collector.cursor}
@@ -410,7 +425,9 @@ class LADAPOTrainer(GRPOTrainer):
 
 
 def _hand_over(prompts: Any, trainer: LADAPOTrainer) -> dict[str, Any]:
-    """TRL's `rollout_func`: the groups that were already sampled. Dropped groups are masked throughout."""
+    """TRL's `rollout_func`: the groups that were already sampled. Dropped groups are masked
+    throughout.
+    """
     pairs = [(t, c.trained) for c in trainer._handed for t in c.group]
     trainer._handed = []
     return {
@@ -435,15 +452,20 @@ def _check(model: Any, args: LADAPOConfig) -> None:
     noise = model.protocol.noise_scale
     if noise == 0.0 and (args.latent_alpha != 0.0 or args.latent_beta != 0.0):
         raise ObjectiveError(
-            f"latent_alpha={args.latent_alpha} and latent_beta={args.latent_beta} ask for a latent term, but the "
-            "policy's noise_scale is 0: its latents are their own means, the gradient of their log-density is exactly "
-            "zero and its KL is undefined. Set the protocol's noise_scale above 0 (0.1 is a start), or set "
+            f"latent_alpha={args.latent_alpha} and latent_beta={args.latent_beta} ask for a latent "
+            "term, but the "
+            "policy's noise_scale is 0: its latents are their own means, the gradient of their "
+            "log-density is exactly "
+            "zero and its KL is undefined. Set the protocol's noise_scale above 0 (0.1 is a "
+            "start), or set "
             "latent_alpha and latent_beta to 0"
         )
 
 
 def _reward_table(names: Sequence[str], scores: Sequence[GroupScores]) -> torch.Tensor:
-    """Rewards [N, F] as TRL sums them: NaN rows for invalid outcomes, other missing values neutral."""
+    """Rewards [N, F] as TRL sums them: NaN rows for invalid outcomes, other missing values
+    neutral.
+    """
     groups = []
     for score in scores:
         table_GF = torch.tensor([score.components[name] for name in names]).T

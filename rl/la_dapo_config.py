@@ -15,7 +15,8 @@ from rl.objective import Reduction, reduce_width
 class LADAPOConfig(GRPOConfig):
     """TRL's `GRPOConfig` plus the latent term, the group filter and the replay check.
 
-    Of TRL's own arguments `epsilon_high` defaults to DAPO's 0.28 here; `temperature` is the sampler's as well.
+    Of TRL's own arguments `epsilon_high` defaults to DAPO's 0.28 here; `temperature` is the
+    sampler's as well.
     """
 
     epsilon_high: float | None = field(
@@ -32,7 +33,7 @@ class LADAPOConfig(GRPOConfig):
     latent_reduction: Reduction = field(
         default="sqrt_dim",
         metadata={
-            "help": "How log-densities over the hidden width enter the ratio: sum, sqrt_dim or mean."
+            "help": "How log-densities over the width enter the ratio: sum, sqrt_dim or mean."
         },
     )
     latent_beta: float = field(
@@ -55,7 +56,7 @@ class LADAPOConfig(GRPOConfig):
     gate_shaping: bool = field(
         default=True,
         metadata={
-            "help": "Whether shaped rewards give no gradient to groups that are all right or all wrong."
+            "help": "No gradient from shaped rewards where a group is all right or all wrong."
         },
     )
     max_mismatch: float | None = field(
@@ -69,7 +70,8 @@ class LADAPOConfig(GRPOConfig):
         super().__post_init__()
         if not 0.0 <= self.filter_low < self.filter_high <= 1.0:
             raise ObjectiveError(
-                f"need 0 <= filter_low < filter_high <= 1, got {self.filter_low} and {self.filter_high}"
+                f"need 0 <= filter_low < filter_high <= 1, got {self.filter_low} and "
+                f"{self.filter_high}"
             )
         if self.max_refills < 0:
             raise ObjectiveError(f"max_refills is {self.max_refills}; it must be >= 0")
@@ -80,7 +82,8 @@ class LADAPOConfig(GRPOConfig):
         for name, inert in (("top_p", 1.0), ("top_k", 0), ("min_p", None)):
             if getattr(self, name) not in (inert, None):
                 raise ObjectiveError(
-                    f"{name}={getattr(self, name)} is not supported: replay scores the whole distribution, and "
+                    f"{name}={getattr(self, name)} is not supported: replay scores the whole "
+                    "distribution, and "
                     f"truncated sampling would bias the ratio. Leave {name} at its default"
                 )
         for name in ("use_vllm", "use_transformers_continuous_batching"):

@@ -1,10 +1,11 @@
 """The LA-DAPO objective, as pure functions: L = L_token + α·L_latent + β·KL_token + β_z·KL_latent.
 
-Names carry their shapes: G trajectories of one group, N trajectories of a batch, L latents of a batch.
-`L_token` and `KL_token` are TRL's own (`loss_type="dapo"`: token mean, clip 0.2 / 0.28; k3 estimator); what TRL does
-not have is here. Sources: DAPO (arXiv 2503.14476) for the filter and the clipping, HyLaR / DePO (arXiv 2604.20328)
-and Future-L1 (arXiv 2606.05769) for a latent term with a clip range of its own. The reductions over the hidden width
-are our reconstruction: a sum over thousands of dimensions makes ratios explode, a mean makes them all 1.
+Names carry their shapes: G trajectories of one group, N trajectories of a batch, L latents of a
+batch. `L_token` and `KL_token` are TRL's own (`loss_type="dapo"`: token mean, clip 0.2 / 0.28; k3
+estimator); what TRL does not have is here. Sources: DAPO (arXiv 2503.14476) for the filter and the
+clipping, HyLaR / DePO (arXiv 2604.20328) and Future-L1 (arXiv 2606.05769) for a latent term with a
+clip range of its own. The reductions over the hidden width are our reconstruction: a sum over
+thousands of dimensions makes ratios explode, a mean makes them all 1.
 """
 
 from __future__ import annotations
@@ -54,10 +55,11 @@ def latent_surrogate(
     clip_high: float,
     normalizer: torch.Tensor | float,
 ) -> LatentSurrogate:
-    """L_latent = -Σ min(r·A, clip(r, 1-clip_low, 1+clip_high)·A) / normalizer, with r = exp(reduce(Δ log π)).
+    """L_latent = -Σ min(r·A, clip(r, 1-clip_low, 1+clip_high)·A) / normalizer, with r =
+    exp(reduce(Δ log π)).
 
-    `logprob_L` and `old_logprob_L` are log-densities summed over H; `advantage_L` is the trajectory's advantage,
-    repeated for each of its latents.
+    `logprob_L` and `old_logprob_L` are log-densities summed over H; `advantage_L` is the
+    trajectory's advantage, repeated for each of its latents.
     """
     delta_L = reduce_width(logprob_L - old_logprob_L, dim, reduction)
     ratio_L = delta_L.exp()
@@ -80,8 +82,8 @@ class Verdict:
 def judge_group(outcome_G: Sequence[float], low: float, high: float) -> Verdict:
     """Keep a group when low < accuracy < high, over its valid outcomes (NaN = no value).
 
-    Only the outcome counts, never a shaped reward: a filter on shaped rewards keeps groups in which everything is
-    wrong and trains on noise. DAPO uses low = 0 and high = 1, Future-L1 0.1 and 0.9.
+    Only the outcome counts, never a shaped reward: a filter on shaped rewards keeps groups in which
+    everything is wrong and trains on noise. DAPO uses low = 0 and high = 1, Future-L1 0.1 and 0.9.
     """
     valid = [v for v in outcome_G if not math.isnan(v)]
     if len(valid) < 2:
@@ -103,7 +105,7 @@ def has_contrast(outcome_G: Sequence[float]) -> bool:
 def fill_missing(value_G: torch.Tensor) -> torch.Tensor:
     """A reward's values in one group with each "no value" (NaN) put at the mean of the others.
 
-    There it moves neither the group's mean nor anyone's advantage; counted as 0, as a sum that skips it would, it
-    would be a verdict. Without any value the result stays NaN.
+    There it moves neither the group's mean nor anyone's advantage; counted as 0, as a sum that
+    skips it would, it would be a verdict. Without any value the result stays NaN.
     """
     return torch.where(value_G.isnan(), value_G.nanmean(), value_G)

@@ -1,4 +1,6 @@
-"""Replay: log-probs of stored trajectories under a policy, with the stored latents fed as inputs."""
+"""Replay: log-probs of stored trajectories under a policy, with the stored latents fed as
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from rl.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class ReplayBatch:
-    """A batch of B trajectories as tensors: prompts padded on the left to P, completions on the right to C."""
+    """A batch of B trajectories as tensors: prompts padded on the left to P, completions on the
+    right to C.
+    """
 
     inputs: dict[str, Any]  # what the model's forward takes, `latents` and `slots` included
     prompt_length: int  # P
@@ -45,7 +49,9 @@ def collate(
     *,
     pad_id: int,
 ) -> ReplayBatch:
-    """Lay trajectories out for one forward pass of `policy`, their clips fetched from `media` by key."""
+    """Lay trajectories out for one forward pass of `policy`, their clips fetched from `media` by
+    key.
+    """
     p = max(len(t.prompt_ids) for t in trajectories)
     c = max(len(t.completion_ids) for t in trajectories)
     shape = (len(trajectories), p + c)
@@ -57,7 +63,8 @@ def collate(
         trace = policy.protocol.trace(t.completion_ids, policy.latent_tokens, t.sampling.imagine)
         if not np.array_equal(trace.slots, t.decision):
             raise TrajectoryError(
-                f"trajectory of sample {t.sample_id!r}: its decisions are not those the policy's protocol allows; it "
+                f"trajectory of sample {t.sample_id!r}: its decisions are not those the policy's "
+                "protocol allows; it "
                 "was sampled under another protocol"
             )
         start, end = p - len(t.prompt_ids), p + len(t.completion_ids)
@@ -111,7 +118,9 @@ class Replay:
 
 
 def replay(model: Callable[..., Scores], batch: ReplayBatch, policy: LatentPolicy) -> Replay:
-    """Score a batch. `model` is `policy` itself or the wrapper (DDP, FSDP, PEFT) through which it must be called."""
+    """Score a batch. `model` is `policy` itself or the wrapper (DDP, FSDP, PEFT) through which it
+    must be called.
+    """
     scores = model(**batch.inputs)
     scale, latents = policy.protocol.noise_scale, batch.inputs["latents"]
     return Replay(

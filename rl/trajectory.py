@@ -26,9 +26,10 @@ class MediaKey:
 class Sample:
     """One manifest row, checked.
 
-    `question` is the user's text, `answer` the reference answer and `options` the choices it was taken from (empty
-    for open answers). `frames` are the frame indices shown to the model; `imagine` lists, for each latent span that
-    SFT should teach, the frame indices it should depict. `extra` holds the other columns, for rewards.
+    `question` is the user's text, `answer` the reference answer and `options` the choices it was
+    taken from (empty for open answers). `frames` are the frame indices shown to the model;
+    `imagine` lists, for each latent span that SFT should teach, the frame indices it should depict.
+    `extra` holds the other columns, for rewards.
     """
 
     id: str
@@ -43,9 +44,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. `temperature` 0 means greedy: the likeliest token and decision, and each latent its mean.
+    """How to sample. `temperature` 0 means greedy: the likeliest token and decision, and each
+    latent its mean.
 
-    `imagine`: "free" lets the policy open spans, "always" forces one at the start, "never" forbids them.
+    `imagine`: "free" lets the policy open spans, "always" forces one at the start, "never" forbids
+    them.
     """
 
     temperature: float = 1.0
@@ -55,7 +58,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """Sample `len(seeds)` trajectories of one prompt. `media` is filled in from the sample when empty."""
+    """Sample `len(seeds)` trajectories of one prompt. `media` is filled in from the sample when
+    empty.
+    """
 
     sample: Sample
     seeds: tuple[int, ...]
@@ -66,9 +71,10 @@ class RolloutRequest:
 class Trajectory:
     """One sampled completion: C tokens, among them L latents of width H.
 
-    `logprobs[t]` is the sampler's own log-probability of what was decided at position t, under its temperature and
-    bans: of the token at a TOKEN slot, of ending or continuing at a DECISION slot, 0 where it was forced.
-    `latent_logprobs[l]` is the log-density of `latents[l]` (summed over H), 0 when sampling was greedy.
+    `logprobs[t]` is the sampler's own log-probability of what was decided at position t, under its
+    temperature and bans: of the token at a TOKEN slot, of ending or continuing at a DECISION slot,
+    0 where it was forced. `latent_logprobs[l]` is the log-density of `latents[l]` (summed over H),
+    0 when sampling was greedy.
     """
 
     sample_id: str
@@ -98,11 +104,13 @@ class Trajectory:
         if not latents == fillers == sum(self.span_lengths) == len(self.latent_logprobs):
             raise TrajectoryError(
                 f"{where}: {latents} latents, {fillers} filler tokens, span lengths that sum to "
-                f"{sum(self.span_lengths)} and {len(self.latent_logprobs)} latent log-probs; these must be equal"
+                f"{sum(self.span_lengths)} and {len(self.latent_logprobs)} latent log-probs; these "
+                "must be equal"
             )
         if not length == len(self.decision) == len(self.logprobs):
             raise TrajectoryError(
-                f"{where}: {length} tokens, {len(self.decision)} decisions, {len(self.logprobs)} log-probs; "
+                f"{where}: {length} tokens, {len(self.decision)} decisions, {len(self.logprobs)} "
+                "log-probs; "
                 "these must be equal"
             )
         if len(self.prompt_ids) == 0 or length == 0:

@@ -1,4 +1,6 @@
-"""A fleet of rollout workers on Ray, and the store of processed clips they share with the trainer."""
+"""A fleet of rollout workers on Ray, and the store of processed clips they share with the
+trainer.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from rollouts.worker import EngineSpec, RolloutWorker, fetch
 class RayMedia:
     """Processed clips in Ray's object store, by key. Implements `rl.interfaces.MediaSource`.
 
-    Workers decode and process; this process only holds references. The `capacity` last used clips are kept.
+    Workers decode and process; this process only holds references. The `capacity` last used clips
+    are kept.
     """
 
     def __init__(self, workers: Sequence[Any], capacity: int) -> None:
@@ -32,7 +35,9 @@ class RayMedia:
         self._next = 0
 
     def refs(self, keys: Iterable[MediaKey]) -> dict[MediaKey, ray.ObjectRef]:
-        """References to the clips of `keys`; what is missing is set to work on the workers, evenly."""
+        """References to the clips of `keys`; what is missing is set to work on the workers,
+        evenly.
+        """
         wanted = dict.fromkeys(keys)
         missing = [key for key in wanted if key not in self._refs]
         share = -(-len(missing) // len(self._workers)) if missing else 1
@@ -55,12 +60,14 @@ class RayMedia:
 
 
 class RolloutPool:
-    """Samples on `workers` Ray actors that each hold one engine. Implements `rl.interfaces.Rollouts`.
+    """Samples on `workers` Ray actors that each hold one engine. Implements
+    `rl.interfaces.Rollouts`.
 
-    Without `address` a Ray of this machine is started (and stopped by `close`); with one, the cluster there is joined.
-    `processor` names clips by key; the actors build their own from the policy's folder. `timeout` bounds one call to
-    one worker, in seconds; a worker that exceeds it or dies is named in a `RolloutError`, and a weight update that
-    does not arrive everywhere in a `SyncError`.
+    Without `address` a Ray of this machine is started (and stopped by `close`); with one, the
+    cluster there is joined. `processor` names clips by key; the actors build their own from the
+    policy's folder. `timeout` bounds one call to one worker, in seconds; a worker that exceeds it
+    or dies is named in a `RolloutError`, and a weight update that does not arrive everywhere in a
+    `SyncError`.
     """
 
     def __init__(
@@ -101,13 +108,16 @@ class RolloutPool:
         return [group for groups in self._gather(calls, "sample") for group in groups]
 
     def update_weights(self, update: WeightUpdate) -> int:
-        """Bring every worker to `update.version`; returns it. Raises `SyncError` that names who did not follow."""
+        """Bring every worker to `update.version`; returns it. Raises `SyncError` that names who did
+        not follow.
+        """
         holder = [ray.put(update)]
         calls = [w.update_weights.remote(holder) for w in self._workers]
         done, _ = ray.wait(calls, num_returns=len(calls), timeout=self._timeout)
         if late := [i for i, call in enumerate(calls) if call not in done]:
             raise SyncError(
-                f"workers {late} did not take weights of version {update.version} within {self._timeout:.0f} s; look "
+                f"workers {late} did not take weights of version {update.version} within "
+                f"{self._timeout:.0f} s; look "
                 "for them in Ray's logs, or raise rollouts.timeout_s"
             )
         versions = self._gather(calls, "update the weights")
@@ -148,7 +158,8 @@ class RolloutPool:
                 results.append(fetch(call, timeout=self._timeout))
             except GetTimeoutError:
                 raise RolloutError(
-                    f"worker {number} did not {deed} within {self._timeout:.0f} s; look for it in Ray's logs, or "
+                    f"worker {number} did not {deed} within {self._timeout:.0f} s; look for it in "
+                    "Ray's logs, or "
                     "raise rollouts.timeout_s"
                 ) from None
             except RayActorError as error:

@@ -1,8 +1,8 @@
 """The transformers engine: batched sampling of latent trajectories with a KV cache.
 
-Prompts are prefilled once per group and their cache is shared out to the group's samples; finished samples leave the
-batch at once. All randomness is a function of the trajectory's seed and the position, so a trajectory does not depend
-on what it was batched with.
+Prompts are prefilled once per group and their cache is shared out to the group's samples; finished
+samples leave the batch at once. All randomness is a function of the trajectory's seed and the
+position, so a trajectory does not depend on what it was batched with.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class _Row:
 class TransformersEngine:
     """Samples from a `LatentPolicy` with transformers. Implements `rl.interfaces.Engine`.
 
-    `max_batch_size` bounds the trajectories sampled side by side. Clips come from `media`, prompts are encoded by
-    `processor`; both are what the trainer uses, so tokens and pixels agree.
+    `max_batch_size` bounds the trajectories sampled side by side. Clips come from `media`, prompts
+    are encoded by `processor`; both are what the trainer uses, so tokens and pixels agree.
     """
 
     def __init__(
@@ -206,7 +206,9 @@ class TransformersEngine:
         return ids == self.policy.latent_tokens.filler
 
     def _decide(self, rows: list[_Row], hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose what stands next in each row, and record it. Returns ids [N] and the latents to feed [F, H]."""
+        """Choose what stands next in each row, and record it. Returns ids [N] and the latents to
+        feed [F, H].
+        """
         protocol, tokens = self.policy.protocol, self.policy.latent_tokens
         steps = [protocol.next_step(row.state, row.sampling.imagine) for row in rows]
         seeds = torch.tensor([row.seed for row in rows], device=self.device)
@@ -224,7 +226,8 @@ class TransformersEngine:
         free = [i for i, s in enumerate(steps) if SLOT_OF_STEP[s] != Slot.FORCED]
         if free:
             logits = full_logits(self.policy.get_output_embeddings(), hidden[free])
-            # Greedy choices are reported at temperature 1: the greedy distribution itself is a point.
+            # Greedy choices are reported at temperature 1: the greedy distribution itself is a
+            # point.
             logits = logits / torch.where(heat[free] > 0, heat[free], 1.0)[:, None]
             text = [k for k, i in enumerate(free) if SLOT_OF_STEP[steps[i]] == Slot.TOKEN]
             if text:

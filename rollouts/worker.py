@@ -84,7 +84,9 @@ class RolloutWorker:
         return self._engine.generate(requests)
 
     def update_weights(self, holder: Sequence[ray.ObjectRef]) -> int:
-        """`holder` wraps the reference of a `WeightUpdate`, so that Ray does not resolve it early."""
+        """`holder` wraps the reference of a `WeightUpdate`, so that Ray does not resolve it
+        early.
+        """
         update: WeightUpdate = fetch(holder[0])
         return self._engine.update_weights(update)
 

@@ -1,4 +1,6 @@
-"""Tiny latent policies that really think: their random weights open, continue and end spans often."""
+"""Tiny latent policies that really think: their random weights open, continue and end spans
+often.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A real Qwen3-VL of about 0.3 M parameters, made from nothing: weights, processor, tokenizer, chat template.
+"""A real Qwen3-VL of about 0.3 M parameters, made from nothing: weights, processor, tokenizer, chat
+template.
 
-The sizes and the unusually wide initialisation are those with which the quickstart world is learned in minutes on a
-CPU; with transformers' default of 0.02 the tiny model hardly starts to learn.
+The sizes and the unusually wide initialisation are those with which the quickstart world is learned
+in minutes on a CPU; with transformers' default of 0.02 the tiny model hardly starts to learn.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def make_processor() -> Qwen3VLProcessor:
         size={"shortest_edge": frame, "longest_edge": frame}, **scaling, **PATCH
     )
     video = Qwen3VLVideoProcessor(
-        # Limits on the pixels of a whole clip: from a single frame pair to all of the world's frames.
+        # Limits on the pixels of a whole clip: from a single frame pair to all of the world's
+        # frames.
         size={
             "shortest_edge": FRAMES_PER_STATE * frame,
             "longest_edge": STATES * FRAMES_PER_STATE * frame,
@@ -189,7 +191,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3VLForCondi
         torch.manual_seed(seed)
         model = Qwen3VLForConditionalGeneration(make_config(tokenizer))
         with torch.no_grad():
-            # Places and words must differ from the start: at 0.08 all embeddings look alike to the first layer.
+            # Places and words must differ from the start: at 0.08 all embeddings look alike to the
+            # first layer.
             model.model.visual.pos_embed.weight.normal_(0, 0.5)
             model.model.language_model.embed_tokens.weight.normal_(0, 0.5)
     model.generation_config = GenerationConfig(

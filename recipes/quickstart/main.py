@@ -1,8 +1,9 @@
 """The quickstart: a tiny video model learns to imagine, from video files to an exported policy.
 
-Everything is the product on small data: MP4 files decoded by decord, the real Qwen3-VL classes and processor, SFT and
-LA-DAPO recipes run by `run_recipe`, Ray workers. Only the world, the tiny checkpoint and its pretraining are made here.
-Each part is finished or resumed when the quickstart is started again in the same folder.
+Everything is the product on small data: MP4 files decoded by decord, the real Qwen3-VL classes and
+processor, SFT and LA-DAPO recipes run by `run_recipe`, Ray workers. Only the world, the tiny
+checkpoint and its pretraining are made here. Each part is finished or resumed when the quickstart
+is started again in the same folder.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.box import SIMPLE
 from rich.console import Console
@@ -40,6 +42,7 @@ from rl.policy.protocol import LatentProtocol
 SPLITS = {"train": 2048, "rl": 1024, "validation": 256, "test": 1024}
 LATENTS = 1 + FUTURE  # the last observed state, then each future one
 PROTOCOL = LatentProtocol(min_length=LATENTS, max_length=LATENTS, max_spans=1)
+LOOKED_UP = 128  # test clips whose latents are looked up
 MODES = {"free": "left free", "always": "forced", "never": "forbidden"}
 STAGES = ("sft_imagine", "sft_mix", "la_dapo")
 
@@ -102,20 +105,29 @@ def run_quickstart(
     curves, vision = folders.root / "curves.png", folders.root / "imagination.png"
     with _part(console, 6, "pictures"):
         learning_curves(_history(folders), curves)
-        sample = read_manifest(folders.world / "test.jsonl", limit=1)[0]
-        seen = see(policy, sample)
-        imagination(vision, seen.observed, seen.future, seen.nearest, seen.title)
+        clips = read_manifest(folders.world / "test.jsonl", limit=LOOKED_UP)
+        with console.status("looking latents up"):
+            seen = {s: see(results[s].policy, clips) for s in ("sft_mix", "la_dapo")}
+        first = seen["la_dapo"][0]
+        imagination(vision, first.observed, first.future, first.nearest, first.title)
+    true = {s: float(np.mean([v.agreement for v in visions])) for s, visions in seen.items()}
 
     summary = {
         "seed": seed,
         "seconds": round(time.perf_counter() - started, 1),
         "test": {"after_sft": before, "after_rl": after},
+        "latents_true": {"after_sft": true["sft_mix"], "after_rl": true["la_dapo"]},
         "policy": str(policy),
         "pictures": [str(curves), str(vision)],
     }
     write_json(folders.root / "summary.json", summary)
     console.print()
     console.print(results_table(before, after))
+    console.print(
+        f"Of the latents it is forced to imagine of {LOOKED_UP} test clips, {true['sft_mix']:.1%} "
+        "are nearest to the "
+        f"true state after SFT, {true['la_dapo']:.1%} after RL."
+    )
     console.print(f"{summary['seconds']:.0f} s in all. Learning curves: {curves}")
     console.print(f"What it imagined of one clip: {vision}")
     console.print(f"The trained policy is in {policy}. To load it:")
@@ -154,7 +166,8 @@ def _claim(root: Path, seed: int) -> None:
     path = root / "quickstart.json"
     if path.is_file() and (there := json.loads(path.read_text())["seed"]) != seed:
         raise RecipeError(
-            f"{root} holds a quickstart with seed {there}, this one has seed {seed}; choose another --output, or "
+            f"{root} holds a quickstart with seed {there}, this one has seed {seed}; choose "
+            "another --output, or "
             "delete the folder"
         )
     write_json(path, {"seed": seed})

@@ -1,9 +1,11 @@
-"""Perception: the tiny model learns to see, from nothing. It stands in for the pretraining of a real video model.
+"""Perception: the tiny model learns to see, from nothing. It stands in for the pretraining of a
+real video model.
 
-One sequence a clip holds the two observed states as video and a few short texts about them (see `texts`): where the
-ball is, what colour some tiles have, and, from the pooled feature of a single state fed as a latent, where the ball
-is in it and where it will be one move later. The last two make a state's pooled feature something that can be read
-and moved on from, which is what latents will have to be.
+One sequence a clip holds the two observed states as video and a few short texts about them (see
+`texts`): where the ball is, what colour some tiles have, and, from the pooled feature of a single
+state fed as a latent, where the ball is in it and where it will be one move later. The last two
+make a state's pooled feature something that can be read and moved on from, which is what latents
+will have to be.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ STATE_FILE = "perception.pt"
 
 @dataclass(frozen=True)
 class Perception:
-    """How to pretrain. A clip is asked for `tiles` colours, and `reads` of its states are read and moved on."""
+    """How to pretrain. A clip is asked for `tiles` colours, and `reads` of its states are read and
+    moved on.
+    """
 
     steps: int = 300
     batch_size: int = 32
@@ -57,7 +61,9 @@ class Perception:
 
 @dataclass(frozen=True)
 class Questions:
-    """The packed texts of a batch of B clips: which states are pooled, and what is asked after the video."""
+    """The packed texts of a batch of B clips: which states are pooled, and what is asked after the
+    video.
+    """
 
     ids: torch.Tensor  # int64 [B, Q]
     asked: torch.Tensor  # int64 [A], where in Q the words to be predicted stand
@@ -137,7 +143,9 @@ def ask(
 
 
 class Clips:
-    """All states of the training clips as the video processor gives them, and what is true of them."""
+    """All states of the training clips as the video processor gives them, and what is true of
+    them.
+    """
 
     def __init__(
         self,
@@ -199,7 +207,8 @@ class Layout:
 def forward(
     policy: Any, layout: Layout, clips: Clips, rows: torch.Tensor, questions: Questions
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the answers [B, A] to the questions about the clips `rows` [B], and whether each is right.
+    """Cross-entropy of the answers [B, A] to the questions about the clips `rows` [B], and whether
+    each is right.
 
     The pooled features are computed with gradient: what is asked of them shapes the tower.
     """
@@ -235,9 +244,10 @@ def pretrain(
 ) -> list[dict[str, Any]]:
     """Teach `policy` to see, and save it with its processor in `folder`.
 
-    Every `checkpoint_every` steps the state is saved in ``folder/perception.pt``; a later call goes on from there and
-    says so, or only loads what is finished. Returns the history: rows of `step`, `loss` and the accuracy of each task.
-    Raises `CheckpointError` for a state of other settings, `VideoError` for clips that cannot be decoded.
+    Every `checkpoint_every` steps the state is saved in ``folder/perception.pt``; a later call goes
+    on from there and says so, or only loads what is finished. Returns the history: rows of `step`,
+    `loss` and the accuracy of each task. Raises `CheckpointError` for a state of other settings,
+    `VideoError` for clips that cannot be decoded.
     """
     run = _Run.start(policy, Path(folder), config)
     with Progress() as bar:
@@ -327,7 +337,8 @@ class _Run:
         state = torch.load(self.path)
         if state["config"] != asdict(self.config):
             raise CheckpointError(
-                f"{self.path} is of a run with other settings ({state['config']}); delete it to start anew, or choose "
+                f"{self.path} is of a run with other settings ({state['config']}); delete it to "
+                "start anew, or choose "
                 "another folder"
             )
         self.policy.load_state_dict(state["policy"])
@@ -336,5 +347,6 @@ class _Run:
         self.step, self.history = state["step"], state["history"]
         done = self.step == self.config.steps
         print(
-            f"perception: {'finished before, loaded' if done else f'resuming at step {self.step}'} from {self.path}"
+            f"perception: {'finished before, loaded' if done else f'resuming at step {self.step}'} "
+            f"from {self.path}"
         )

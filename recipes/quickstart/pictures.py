@@ -1,4 +1,6 @@
-"""The quickstart's two pictures: how training went, and what the latents of one clip looked like."""
+"""The quickstart's two pictures: how training went, and what the latents of one clip looked
+like.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from matplotlib.figure import Figure
 INK, FAINT = "#333333", "#999999"
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # told apart by colour-blind readers too
 
-# Panels of `learning_curves`: stage, title, y axis, and the history keys drawn in it with their legend.
+# Panels of `learning_curves`: stage, title, y axis, and the history keys drawn in it with their
+# legend.
 PANELS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     ("sft", "SFT: loss", "loss", {"loss_text": "text", "loss_latent": "latent alignment"}),
     ("sft", "SFT: validation", "accuracy", {"validation_accuracy": "right answers"}),
@@ -39,8 +42,9 @@ CHANCE = 0.25
 def learning_curves(history: Iterable[Mapping[str, Any]], path: str | Path) -> None:
     """Draw six panels of training history as a PNG at `path`.
 
-    Each row of `history` has `stage` ("sft" or "rl"), `step`, and any of the keys named in `PANELS`; rows without a
-    key are skipped for its curve, so that validation may be rarer than training. Other stages are not drawn.
+    Each row of `history` has `stage` ("sft" or "rl"), `step`, and any of the keys named in
+    `PANELS`; rows without a key are skipped for its curve, so that validation may be rarer than
+    training. Other stages are not drawn.
     """
     rows = list(history)
     figure = Figure(figsize=(12, 6.4), layout="constrained")
@@ -104,9 +108,10 @@ def imagination(
 ) -> None:
     """Draw one clip and what was imagined of it as a PNG at `path`.
 
-    `observed` and `future` are frames, one a state: uint8 [T, H, W, 3]. `nearest` holds for each latent the frame
-    whose feature it is nearest to; the first latent stands for the last observed state, the anchor. Columns are
-    states, so an imagined frame stands under the true one; a green rim says that they agree, an orange one not.
+    `observed` and `future` are frames, one a state: uint8 [T, H, W, 3]. `nearest` holds for each
+    latent the frame whose feature it is nearest to; the first latent stands for the last observed
+    state, the anchor. Columns are states, so an imagined frame stands under the true one; a green
+    rim says that they agree, an orange one not.
     """
     truth = [*observed, *future]
     anchor = len(observed) - 1
@@ -136,7 +141,8 @@ def imagination(
             color=INK,
         )
     figure.supxlabel(
-        "Each latent is drawn as the frame whose feature it is nearest to. Green rim: the true state; orange: another.",
+        "Each latent is drawn as the frame whose feature it is nearest to. Green rim: the true "
+        "state; orange: another.",
         fontsize=10,
         color=INK,
     )

@@ -1,7 +1,9 @@
-"""Every text the tiny model ever reads or writes, and the answer format. The tokenizer is trained on these words.
+"""Every text the tiny model ever reads or writes, and the answer format. The tokenizer is trained
+on these words.
 
-Rows are numbered 1-4 from the top, columns 1-4 (or A-D) from the left. A cell is one word, such as ``r2c3``. A word is
-one token with or without a space before it, so texts can be chained with spaces:
+Rows are numbered 1-4 from the top, columns 1-4 (or A-D) from the left. A cell is one word, such as
+``r2c3``. A word is one token with or without a space before it, so texts can be chained with
+spaces:
 
     where r2c3                the ball's cell in the last observed frame
     tile r2c3 red             the colour of a tile
@@ -55,5 +57,6 @@ def corpus() -> list[str]:
         *(f"{role}\n" for role in ROLES),
         "\n",
     ]
-    # Qwen3-VL writes the time before each frame pair; at 2 frames a second pair t of a clip lies at t + 0.25 s.
+    # Qwen3-VL writes the time before each frame pair; at 2 frames a second pair t of a clip lies at
+    # t + 0.25 s.
     return texts + [f"<{pair + 0.25:.1f} seconds>" for pair in range(8)]

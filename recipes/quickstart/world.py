@@ -1,12 +1,15 @@
-"""The quickstart world: a ball blown across a board of coloured tiles, as MP4 files with a JSONL manifest.
+"""The quickstart world: a ball blown across a board of coloured tiles, as MP4 files with a JSONL
+manifest.
 
-The board has 4x4 tiles, each of one of three random colours. The ball rests on a tile and each move carries it where
-that tile's colour says: one row down and one column left (red), straight (green) or right (blue), around the edges
-like a torus. A clip holds eight states; the first two are shown to the model, the six others are what it must
-imagine to say in which column the ball ends. The board is new in every clip, so nothing can be learned by heart: the
-answer takes six look-ups, one after the other. Chance is 25 %, and a perfect player gets all of them right.
+The board has 4x4 tiles, each of one of three random colours. The ball rests on a tile and each move
+carries it where that tile's colour says: one row down and one column left (red), straight (green)
+or right (blue), around the edges like a torus. A clip holds eight states; the first two are shown
+to the model, the six others are what it must imagine to say in which column the ball ends. The
+board is new in every clip, so nothing can be learned by heart: the answer takes six look-ups, one
+after the other. Chance is 25 %, and a perfect player gets all of them right.
 
-Each state is drawn in two frames, because Qwen3-VL merges frames in pairs. A tile is 8 px, a frame 32x32 px.
+Each state is drawn in two frames, because Qwen3-VL merges frames in pairs. A tile is 8 px, a frame
+32x32 px.
 """
 
 from __future__ import annotations
@@ -66,7 +69,9 @@ def follow(
 
 
 def draw_clip(seed: int, split: str, index: int) -> Clip:
-    """Clip `index` of a split: a function of its arguments alone, so a longer split begins with a shorter one."""
+    """Clip `index` of a split: a function of its arguments alone, so a longer split begins with a
+    shorter one.
+    """
     rng = np.random.default_rng([seed, index, *split.encode()])
     board = rng.integers(0, len(texts.COLOURS), (texts.SIZE, texts.SIZE))
     path = follow(board, rng.integers(0, texts.SIZE, 2))
@@ -95,7 +100,8 @@ def _disc() -> np.ndarray:
 def manifest_row(clip: Clip, split: str, index: int) -> dict[str, Any]:
     """The manifest row of a clip; `video` is relative to the manifest."""
     shown = OBSERVED * FRAMES_PER_STATE
-    # The span begins with the last state shown, the anchor: from there on, each latent is one move from the one before.
+    # The span begins with the last state shown, the anchor: from there on, each latent is one move
+    # from the one before.
     imagine = list(range(shown - FRAMES_PER_STATE, STATES * FRAMES_PER_STATE))
     return {
         "id": f"{split}-{index + 1:05d}",
@@ -112,10 +118,13 @@ def manifest_row(clip: Clip, split: str, index: int) -> dict[str, Any]:
 
 
 def encode_mp4(frames: np.ndarray, fps: int = FPS) -> bytes:
-    """An H.264 file of `frames` (uint8 [T, H, W, 3]); lossless but for the rounding of RGB to YUV (1 of 255)."""
+    """An H.264 file of `frames` (uint8 [T, H, W, 3]); lossless but for the rounding of RGB to YUV
+    (1 of 255).
+    """
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        # 4:4:4 keeps the colour of every pixel; at 8 px a tile, 4:2:0 would smear them by up to 100 of 255.
+        # 4:4:4 keeps the colour of every pixel; at 8 px a tile, 4:2:0 would smear them by up to 100
+        # of 255.
         stream = container.add_stream(
             "libx264", rate=fps, options={"qp": "0", "preset": "superfast"}
         )
@@ -131,12 +140,13 @@ def encode_mp4(frames: np.ndarray, fps: int = FPS) -> bytes:
 def write_world(
     folder: str | Path, split: str, count: int, seed: int, progress: Progress | None = None
 ) -> Path:
-    """Write `count` clips as ``folder/split/00001.mp4 ...`` and the manifest ``folder/split.jsonl``.
+    """Write `count` clips as ``folder/split/00001.mp4 ...`` and the manifest
+    ``folder/split.jsonl``.
 
-    Returns the manifest's path. What an earlier, perhaps interrupted call with the same seed left is
-    kept: only missing clips are encoded (2 ms each, too little to share between processes). Files
-    appear whole or not at all, the manifest last. Raises `DataError` for a `folder/split` that holds
-    anything else.
+    Returns the manifest's path. What an earlier, perhaps interrupted call with the same seed left
+    is kept: only missing clips are encoded (2 ms each, too little to share between processes).
+    Files appear whole or not at all, the manifest last. Raises `DataError` for a `folder/split`
+    that holds anything else.
     """
     clips, manifest = Path(folder, split), Path(folder, f"{split}.jsonl")
     _claim(clips, manifest, origin=json.dumps({"world": 1, "split": split, "seed": seed}))
@@ -166,7 +176,8 @@ def _claim(folder: Path, manifest: Path, origin: str) -> None:
             clip.unlink()
     elif not source.exists() and any(path.suffix != ".part" for path in folder.glob("*")):
         raise DataError(
-            f"{folder} holds files that are not a quickstart world's; choose another folder or empty it"
+            f"{folder} holds files that are not a quickstart world's; choose another folder or "
+            "empty it"
         )
     folder.mkdir(parents=True, exist_ok=True)
     _write_atomically(source, origin.encode())

@@ -1,15 +1,19 @@
 """The distribution of a latent given its mean: Gaussian or von Mises-Fisher.
 
-Both have one knob, the noise scale c: the expected norm of the noise relative to the norm of the mean.
+Both have one knob, the noise scale c: the expected norm of the noise relative to the norm of the
+mean.
 
-- Gaussian: ``z = μ + σ ε`` with ``σ = c·‖μ‖/√H``. σ belongs to the policy that gives μ, so the log-density under
-  another policy uses that policy's own σ, and the ratio of two policies is one of two normalised densities.
-- von Mises-Fisher: the direction ``ẑ = z/‖z‖`` is vMF around ``μ̂`` with ``κ = H/c²`` (for small c this is the
-  Gaussian's spread), the norm of z is ``‖μ‖`` and no random choice, so it carries no density.
+- Gaussian: ``z = μ + σ ε`` with ``σ = c·‖μ‖/√H``. σ belongs to the policy that gives μ, so the
+  log-density under another policy uses that policy's own σ, and the ratio of two policies is one of
+  two normalised densities.
+- von Mises-Fisher: the direction ``ẑ = z/‖z‖`` is vMF around ``μ̂`` with ``κ = H/c²`` (for small c
+  this is the Gaussian's spread), the norm of z is ``‖μ‖`` and no random choice, so it carries no
+  density.
 
-Everything is computed in float64: a log-density sums H squares of small differences. Gaussian and vMF terms for
-latents appear in Monet and HyLaR (arXiv 2604.20328), whose released code neither samples the noise nor normalises the
-density; the relative scale and the normalised densities here are ours.
+Everything is computed in float64: a log-density sums H squares of small differences. Gaussian and
+vMF terms for latents appear in Monet and HyLaR (arXiv 2604.20328), whose released code neither
+samples the noise nor normalises the density; the relative scale and the normalised densities here
+are ours.
 """
 
 from __future__ import annotations
@@ -38,8 +42,9 @@ def sample_latents(
 ) -> torch.Tensor:
     """Draw one latent for each mean.
 
-    `mean` [N, H]; `seed` and `ordinal` int64 [N]: the trajectory's seed and which of its latents this is. Returns
-    [N, H] in the dtype of `mean`, which is what the model is fed and what the density is evaluated at.
+    `mean` [N, H]; `seed` and `ordinal` int64 [N]: the trajectory's seed and which of its latents
+    this is. Returns [N, H] in the dtype of `mean`, which is what the model is fed and what the
+    density is evaluated at.
     """
     if scale == 0.0:
         return mean
@@ -59,7 +64,9 @@ def sample_latents(
 def log_density(
     latent: torch.Tensor, mean: torch.Tensor, scale: float, density: Density
 ) -> torch.Tensor:
-    """log π(z | μ), summed over H: float64 [L] for latents and means [L, H]. Differentiable in `mean`."""
+    """log π(z | μ), summed over H: float64 [L] for latents and means [L, H]. Differentiable in
+    `mean`.
+    """
     if scale <= 0.0:
         raise ProtocolError(
             "a latent without noise has no density; set the protocol's noise_scale above 0"
@@ -80,8 +87,8 @@ def latent_kl(
 ) -> torch.Tensor:
     """KL(π ‖ π_ref) of each latent in closed form, summed over H: float64 [L] for means [L, H].
 
-    Gaussian: H·log(σ_r/σ) + (H·σ² + ‖μ-μ_r‖²)/(2σ_r²) - H/2, which is ‖μ-μ_r‖²/(2σ²) when the norms agree.
-    von Mises-Fisher: κ·A_H(κ)·(1 - cos(μ, μ_r)), A_H the mean resultant length.
+    Gaussian: H·log(σ_r/σ) + (H·σ² + ‖μ-μ_r‖²)/(2σ_r²) - H/2, which is ‖μ-μ_r‖²/(2σ²) when the norms
+    agree. von Mises-Fisher: κ·A_H(κ)·(1 - cos(μ, μ_r)), A_H the mean resultant length.
     """
     mu, ref, dim = mean.double(), ref_mean.double(), mean.shape[-1]
     if density == "gaussian":
@@ -99,7 +106,9 @@ def latent_kl(
 
 @dataclass(frozen=True)
 class VMFTable:
-    """What a von Mises-Fisher distribution with fixed H and κ needs, by one-dimensional quadrature."""
+    """What a von Mises-Fisher distribution with fixed H and κ needs, by one-dimensional
+    quadrature.
+    """
 
     kappa: float
     log_normalizer: (
@@ -122,8 +131,9 @@ class VMFTable:
 def vmf_table(dim: int, scale: float, points: int = 16385) -> VMFTable:
     """The table for width `dim` (at least 3) and noise scale `scale`.
 
-    The angle θ to the mean has density ∝ e^{κ cos θ} sin^{H-2} θ: one smooth peak, integrated around its mode. This
-    avoids Bessel functions of order H/2, which overflow at the widths of real models.
+    The angle θ to the mean has density ∝ e^{κ cos θ} sin^{H-2} θ: one smooth peak, integrated
+    around its mode. This avoids Bessel functions of order H/2, which overflow at the widths of real
+    models.
     """
     if dim < 3:
         raise ProtocolError(

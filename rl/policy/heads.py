@@ -15,10 +15,12 @@ HeadKind = Literal["identity", "linear", "mlp", "swiglu"]
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """`kind` of head and the width of its inner layer (`mlp`, `swiglu`; None: 4·H for `mlp`, 2048 for `swiglu`).
+    """`kind` of head and the width of its inner layer (`mlp`, `swiglu`; None: 4·H for `mlp`, 2048
+    for `swiglu`).
 
-    "identity" feeds the hidden state itself back, as Coconut (arXiv 2412.06769) and Future-L1 by default do; "mlp" is
-    LVR's head (arXiv 2509.24251), "swiglu" Future-L1's optional one (OpenGVLab/Future-L1, projection_head.py).
+    "identity" feeds the hidden state itself back, as Coconut (arXiv 2412.06769) and Future-L1 by
+    default do; "mlp" is LVR's head (arXiv 2509.24251), "swiglu" Future-L1's optional one
+    (OpenGVLab/Future-L1, projection_head.py).
     """
 
     kind: HeadKind = "identity"

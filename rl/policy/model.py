@@ -1,7 +1,9 @@
-"""The latent policy: a transformers vision-language model that can be fed latents and scored on them.
+"""The latent policy: a transformers vision-language model that can be fed latents and scored on
+them.
 
-`make_policy` turns a video model into one, `load_policy` reads one back; a policy is saved by `save_pretrained` like
-any model, with its protocol and head in ``config.json`` under the key ``foresight``, so a plain directory is enough.
+`make_policy` turns a video model into one, `load_policy` reads one back; a policy is saved by
+`save_pretrained` like any model, with its protocol and head in ``config.json`` under the key
+``foresight``, so a plain directory is enough.
 """
 
 from __future__ import annotations
@@ -45,12 +47,14 @@ _CONFIG_VERSION = 1
 
 
 class LatentPolicy(_Base):
-    """Mixin that gives a vision-language model latents. `policy_class` combines it with a model class.
+    """Mixin that gives a vision-language model latents. `policy_class` combines it with a model
+    class.
 
-    `forward` takes two more arguments. `latents` [L, H] are the input embeddings at the filler tokens of
-    `input_ids`, in row-major order. `slots` asks for log-probs at given positions instead of logits: then the
-    result is a `Scores`, and full-vocabulary logits never exist for the whole sequence. Both act inside `forward`,
-    by a hook on the embedding, so that DDP, FSDP2 and PEFT wrappers see an ordinary call.
+    `forward` takes two more arguments. `latents` [L, H] are the input embeddings at the filler
+    tokens of `input_ids`, in row-major order. `slots` asks for log-probs at given positions instead
+    of logits: then the result is a `Scores`, and full-vocabulary logits never exist for the whole
+    sequence. Both act inside `forward`, by a hook on the embedding, so that DDP, FSDP2 and PEFT
+    wrappers see an ordinary call.
     """
 
     latent_head: nn.Module
@@ -94,7 +98,9 @@ class LatentPolicy(_Base):
         )
 
     def hidden_states(self, *args: Any, latents: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """The backbone's output (`last_hidden_state` [B, T, H] after the final norm, `past_key_values`)."""
+        """The backbone's output (`last_hidden_state` [B, T, H] after the final norm,
+        `past_key_values`).
+        """
         with self._feeding(latents):
             return self.base_model(*args, **kwargs)
 
@@ -111,7 +117,8 @@ class LatentPolicy(_Base):
             at = args[0] == self.latent_tokens.filler
             if int(at.sum()) != latents.shape[0]:
                 raise TrajectoryError(
-                    f"{latents.shape[0]} latents for {int(at.sum())} filler tokens; each filler needs one latent"
+                    f"{latents.shape[0]} latents for {int(at.sum())} filler tokens; each filler "
+                    "needs one latent"
                 )
             return output.masked_scatter(at.unsqueeze(-1), latents.to(output.dtype))
 
@@ -149,12 +156,14 @@ def policy_settings(config: PretrainedConfig) -> dict[str, Any]:
     settings = getattr(config, CONFIG_KEY, None)
     if not isinstance(settings, dict) or not {"protocol", "tokens", "head"} <= settings.keys():
         raise PolicyError(
-            f"{config.name_or_path or type(config).__name__} is no latent policy: its config.json has no "
+            f"{config.name_or_path or type(config).__name__} is no latent policy: its config.json "
+            "has no "
             f"{CONFIG_KEY!r} entry. Make one with `rl.policy.make_policy`"
         )
     if settings.get("version") != _CONFIG_VERSION:
         raise PolicyError(
-            f"the policy was saved in format {settings.get('version')}; this Foresight reads {_CONFIG_VERSION}"
+            f"the policy was saved in format {settings.get('version')}; this Foresight reads "
+            f"{_CONFIG_VERSION}"
         )
     return settings
 
@@ -164,11 +173,13 @@ def policy_class(base: type[PreTrainedModel]) -> type[Any]:
     """The latent variant of a model class, e.g. `LatentQwen3VLForConditionalGeneration`."""
     if "pixel_values_videos" not in inspect.signature(base.forward).parameters:
         raise PolicyError(
-            f"{base.__name__} takes no video: its forward has no `pixel_values_videos`. Choose a model with video "
+            f"{base.__name__} takes no video: its forward has no `pixel_values_videos`. Choose a "
+            "model with video "
             "input, for example Qwen3-VL, Qwen2.5-VL or Qwen3.5"
         )
     name = f"Latent{base.__name__}"
-    # transformers renames parameters between files and modules by class name, for its own classes only.
+    # transformers renames parameters between files and modules by class name, for its own classes
+    # only.
     config: Any = base.config_class
     renaming = get_checkpoint_conversion_mapping(
         base.__name__
@@ -193,9 +204,10 @@ def make_policy(
 ) -> Any:
     """Load a video model and make it a latent policy.
 
-    The protocol's tokens are added to `processor`'s tokenizer if it lacks them (save the processor beside the
-    policy), the embeddings grow only if they have no spare rows, and new rows start at the mean of the old ones.
-    `kwargs` go to `from_pretrained`. Raises `PolicyError` for a model without video input.
+    The protocol's tokens are added to `processor`'s tokenizer if it lacks them (save the processor
+    beside the policy), the embeddings grow only if they have no spare rows, and new rows start at
+    the mean of the old ones. `kwargs` go to `from_pretrained`. Raises `PolicyError` for a model
+    without video input.
     """
     protocol, head = protocol or LatentProtocol(), head or HeadConfig()
     tokenizer: Any = getattr(processor, "tokenizer", processor)
@@ -239,7 +251,7 @@ def load_policy(path: str | Path, **kwargs: Any) -> Any:
 def _load(cls: type[Any], path: str | Path, *, new_head: bool = False, **kwargs: Any) -> Any:
     """`from_pretrained` that insists on every weight; with `new_head` all but the latent head's."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of missing weights is an error or expected, see below
+    logging.set_verbosity_error()  # what its report says is judged below
     try:
         policy, info = cls.from_pretrained(
             path,
@@ -260,13 +272,16 @@ def _load(cls: type[Any], path: str | Path, *, new_head: bool = False, **kwargs:
 
 
 def model_class(config: PretrainedConfig, path: str | Path) -> type[PreTrainedModel]:
-    """The transformers class of the vision-language model in `path`; `PolicyError` if it is none."""
+    """The transformers class of the vision-language model in `path`; `PolicyError` if it is
+    none.
+    """
     try:
         mapping: Any = AutoModelForImageTextToText._model_mapping
         return mapping[type(config)]
     except KeyError:
         raise PolicyError(
-            f"{path} holds a {config.model_type!r} model, which is no vision-language model. Choose a model with "
+            f"{path} holds a {config.model_type!r} model, which is no vision-language model. "
+            "Choose a model with "
             "video input, for example Qwen3-VL, Qwen2.5-VL or Qwen3.5"
         ) from None
 

@@ -1,8 +1,8 @@
 """Counter-based random numbers: a pure function of (seed, stream, counter), with no state to carry.
 
-Two engines, any batch, any device and any interruption give one trajectory the same noise, because nothing but the
-trajectory's seed and the position enters. The mixer is splitmix64 (Steele, Lea and Flood, 2014); normals come from
-Box and Muller's transform.
+Two engines, any batch, any device and any interruption give one trajectory the same noise, because
+nothing but the trajectory's seed and the position enters. The mixer is splitmix64 (Steele, Lea and
+Flood, 2014); normals come from Box and Muller's transform.
 """
 
 from __future__ import annotations

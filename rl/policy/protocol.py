@@ -1,8 +1,9 @@
 """The latent protocol: how a completion alternates between text and latent spans.
 
-A latent span is ``S z_1 … z_T E``: the start token, T continuous vectors whose token ids are the filler, the end
-token. This module is the one place that knows which positions of a completion are free choices, which are
-end-or-continue decisions and which are forced. It works on ids alone, so every engine and the replay share it.
+A latent span is ``S z_1 … z_T E``: the start token, T continuous vectors whose token ids are the
+filler, the end token. This module is the one place that knows which positions of a completion are
+free choices, which are end-or-continue decisions and which are forced. It works on ids alone, so
+every engine and the replay share it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ Imagine = Literal["free", "always", "never"]
 class Slot(IntEnum):
     """What was decided at one position of a completion."""
 
-    FORCED = 0  # no choice: a filler below the minimum, an end at the maximum, a start that was asked for
+    # No choice: a filler below the minimum, an end at the maximum, a start that was asked for.
+    FORCED = 0
     TOKEN = 1  # a token drawn from the vocabulary
     DECISION = (
         2  # inside a span: end it (the id is the end token) or continue it (the id is the filler)
@@ -82,9 +84,10 @@ class Trace:
 class LatentProtocol:
     """Tokens, budgets and noise of latent spans. Travels in the policy's ``config.json``.
 
-    `min_length` = `max_length` gives spans of fixed length; otherwise the policy decides end-or-continue at each
-    step in between. `noise_scale` is c in σ = c·‖μ‖/√H: the expected norm of the noise relative to the mean's norm.
-    For `density="vmf"` the direction of a latent is von Mises-Fisher with κ = H/c² and its norm is the mean's.
+    `min_length` = `max_length` gives spans of fixed length; otherwise the policy decides
+    end-or-continue at each step in between. `noise_scale` is c in σ = c·‖μ‖/√H: the expected norm
+    of the noise relative to the mean's norm. For `density="vmf"` the direction of a latent is von
+    Mises-Fisher with κ = H/c² and its norm is the mean's.
     """
 
     start_token: str = "<|latent_start|>"
@@ -127,13 +130,16 @@ class LatentProtocol:
         return cls(**values)
 
     def resolve(self, tokenizer: SupportsTokenIds, banned: Sequence[int] = ()) -> LatentTokens:
-        """Token ids in `tokenizer`; `banned` are further ids that must never be sampled (media placeholders)."""
+        """Token ids in `tokenizer`; `banned` are further ids that must never be sampled (media
+        placeholders).
+        """
         ids = []
         for token in self.tokens:
             found = tokenizer.convert_tokens_to_ids(token)
             if found is None or found == tokenizer.unk_token_id:
                 raise ProtocolError(
-                    f"the tokenizer has no token {token!r}; add the protocol's tokens with `rl.policy.make_policy`"
+                    f"the tokenizer has no token {token!r}; add the protocol's tokens with "
+                    "`rl.policy.make_policy`"
                 )
             ids.append(int(found))
         return LatentTokens(*ids, banned=tuple(sorted(set(banned))))

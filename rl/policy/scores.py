@@ -1,7 +1,8 @@
 """Log-probs of what was decided at given positions, from hidden states.
 
-Index algebra: the hidden state at position p-1 scores both the token at p and the latent at p. `h_{p-1}` gives the
-vocabulary at p through the LM head and the mean of the latent at p through the latent head.
+Index algebra: the hidden state at position p-1 scores both the token at p and the latent at p.
+`h_{p-1}` gives the vocabulary at p through the LM head and the mean of the latent at p through the
+latent head.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ CHUNK = 2048  # positions whose logits exist at the same time
 
 @dataclass(frozen=True)
 class ScoreSlots:
-    """Which positions to score. All [B, T], aligned with `input_ids`; a value at p is about what stands at p."""
+    """Which positions to score. All [B, T], aligned with `input_ids`; a value at p is about what
+    stands at p.
+    """
 
     ids: torch.Tensor  # int64, the tokens
     slots: torch.Tensor  # int8, values of `Slot`; FORCED positions are not scored
@@ -41,8 +44,9 @@ def full_logits(
 ) -> torch.Tensor:
     """float32 logits [N, V] of hidden states [N, H], whatever the dtype of the model.
 
-    In bf16 a logit of 20 is only known to 0.06, so sampler and replay would disagree by more than the rest of the
-    model makes them. A head that is not a plain linear layer (an adapter, say) keeps its own precision.
+    In bf16 a logit of 20 is only known to 0.06, so sampler and replay would disagree by more than
+    the rest of the model makes them. A head that is not a plain linear layer (an adapter, say)
+    keeps its own precision.
     """
     if type(lm_head) is not torch.nn.Linear:
         return lm_head(rows).float()
@@ -62,7 +66,9 @@ def text_logits(
 
 
 def end_logprobs(logits: torch.Tensor, tokens: LatentTokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of ending and of continuing a span: [N] each, from logits [N, V] over the whole vocabulary."""
+    """Log-probs of ending and of continuing a span: [N] each, from logits [N, V] over the whole
+    vocabulary.
+    """
     end = logits[:, tokens.end]
     rest = logits.clone()
     rest[:, tokens.end] = -torch.inf
@@ -78,7 +84,9 @@ def score_slots(
     lm_head: Callable[[torch.Tensor], torch.Tensor],
     head: Callable[[torch.Tensor], torch.Tensor],
 ) -> Scores:
-    """Score the slots of a batch from hidden states [B, T, H]. Logits exist for `CHUNK` positions at a time."""
+    """Score the slots of a batch from hidden states [B, T, H]. Logits exist for `CHUNK` positions
+    at a time.
+    """
     before = hidden[:, :-1]
     decided = slots.slots[:, 1:] != Slot.FORCED
     rows, ids, kinds = before[decided], slots.ids[:, 1:][decided], slots.slots[:, 1:][decided]
@@ -96,7 +104,8 @@ def score_slots(
         decision_entropy = -(
             end.exp() * end + more.exp() * more.clamp_min(torch.finfo(more.dtype).min)
         )
-        # Entropies are watched, not trained on; keeping them out of the graph halves what a chunk remembers.
+        # Entropies are watched, not trained on; keeping them out of the graph halves what a chunk
+        # remembers.
         return logprob, torch.where(is_text, text_entropy, decision_entropy).detach()
 
     parts = [slice(i, min(i + CHUNK, len(rows))) for i in range(0, max(len(rows), 1), CHUNK)]

@@ -1,10 +1,12 @@
-"""Latent alignment: how far the means of latents are from the features of the frames they should depict.
+"""Latent alignment: how far the means of latents are from the features of the frames they should
+depict.
 
-Source: the SFT loss of Future-L1 (arXiv 2606.05769), the mean squared error between the hidden state before a latent
-and the vision tower's feature of a future frame, or one minus their cosine. Dividing the error by the targets' variance
-is ours: pooled features vary little (0.02 to 0.06 a dimension in the quickstart), so the raw error is tiny beside the
-cross-entropy and, at the published weight of 0.2, is not learned at all. Divided, 1 is the error of the constant
-prediction "the mean target", whatever the tower.
+Source: the SFT loss of Future-L1 (arXiv 2606.05769), the mean squared error between the hidden
+state before a latent and the vision tower's feature of a future frame, or one minus their cosine.
+Dividing the error by the targets' variance is ours: pooled features vary little (0.02 to 0.06 a
+dimension in the quickstart), so the raw error is tiny beside the cross-entropy and, at the
+published weight of 0.2, is not learned at all. Divided, 1 is the error of the constant prediction
+"the mean target", whatever the tower.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ LatentLoss = Literal["mse", "cosine"]
 def latent_alignment_loss(
     means: torch.Tensor, targets: torch.Tensor, *, variance: float, kind: LatentLoss = "mse"
 ) -> torch.Tensor:
-    """Mean over L latents of ‖μ - f‖² / (H · variance) ("mse") or of 1 - cos(μ, f) ("cosine"): a float32 scalar.
+    """Mean over L latents of ‖μ - f‖² / (H · variance) ("mse") or of 1 - cos(μ, f) ("cosine"): a
+    float32 scalar.
 
-    `means` and `targets` are [L, H]; `variance` comes from `target_variance`. Without latents (L = 0) it is a 0 that
-    still hangs on `means`, so that every parameter gets a gradient on every rank.
+    `means` and `targets` are [L, H]; `variance` comes from `target_variance`. Without latents (L =
+    0) it is a 0 that still hangs on `means`, so that every parameter gets a gradient on every rank.
     """
     means, targets = means.float(), targets.float()
     if not len(means):
@@ -33,7 +36,9 @@ def latent_alignment_loss(
 
 
 def target_variance(targets: torch.Tensor) -> float:
-    """Mean over H of the variance of `targets` [L, H] in each dimension (divided by L, not L - 1)."""
+    """Mean over H of the variance of `targets` [L, H] in each dimension (divided by L, not L -
+    1).
+    """
     return float(targets.float().var(0, correction=0).mean())
 
 
@@ -41,8 +46,8 @@ def pool_frames(features: torch.Tensor, tokens_per_patch: int = 1) -> torch.Tens
     """Average the merged tokens of each temporal patch into a few latents.
 
     `features` [T, N, H]: N merged tokens, row by row, of each of T temporal patches. Returns
-    [T · tokens_per_patch, H]; with 1 each patch becomes its mean, with more the tokens are averaged in as many runs of
-    (nearly) equal length, as Future-L1 does for a fixed budget.
+    [T · tokens_per_patch, H]; with 1 each patch becomes its mean, with more the tokens are averaged
+    in as many runs of (nearly) equal length, as Future-L1 does for a fixed budget.
     """
     pooled = torch.nn.functional.adaptive_avg_pool1d(features.transpose(1, 2), tokens_per_patch)
     return pooled.transpose(1, 2).flatten(0, 1)

@@ -1,4 +1,6 @@
-"""Targets of latents: pooled features of future frames under the policy's own vision tower, computed once."""
+"""Targets of latents: pooled features of future frames under the policy's own vision tower,
+computed once.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ Progress = Callable[[int, int], object]  # called with (clips done, clips in all
 
 @dataclass(frozen=True)
 class Targets:
-    """The targets of N samples in one tensor; sample i owns rows ``offsets[i]`` to ``offsets[i + 1]``."""
+    """The targets of N samples in one tensor; sample i owns rows ``offsets[i]`` to ``offsets[i +
+    1]``.
+    """
 
     features: torch.Tensor  # float32 [L, H]
     offsets: tuple[int, ...]  # [N + 1]
@@ -44,9 +48,11 @@ def compute_targets(
     tokens_per_patch: int = 1,
     progress: Progress | None = None,
 ) -> Targets:
-    """Features of all frames in the samples' `imagine`, through `policy`'s tower. Raises `VideoError`.
+    """Features of all frames in the samples' `imagine`, through `policy`'s tower. Raises
+    `VideoError`.
 
-    Each span is a clip of its own, as if it were shown to the model; only its pooled features are kept.
+    Each span is a clip of its own, as if it were shown to the model; only its pooled features are
+    kept.
     """
     keys = [media.key(s, span) for s in samples for span in s.imagine]
     parts: list[torch.Tensor] = []

@@ -1,8 +1,9 @@
-"""What SFT teaches: for each sample the completion, with the features of future frames as its latents.
+"""What SFT teaches: for each sample the completion, with the features of future frames as its
+latents.
 
-A taught completion is a `Trajectory` whose latents nobody sampled. It is scored by the replay that RL uses, so the two
-stages cannot disagree about which positions are choices, what is banned there, or which hidden state gives a latent's
-mean.
+A taught completion is a `Trajectory` whose latents nobody sampled. It is scored by the replay that
+RL uses, so the two stages cannot disagree about which positions are choices, what is banned there,
+or which hidden state gives a latent's mean.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from rl.trajectory import MediaKey, Sample, Sampling, Trajectory
 def span_lengths(
     sample: Sample, protocol: LatentProtocol, *, temporal_patch_size: int, tokens_per_patch: int
 ) -> tuple[int, ...]:
-    """How many latents each span of `sample.imagine` takes: its temporal patches times `tokens_per_patch`.
+    """How many latents each span of `sample.imagine` takes: its temporal patches times
+    `tokens_per_patch`.
 
     Raises `DataError`, which names the sample, where the protocol does not allow them.
     """
     where = f"sample {sample.id!r}"
     if len(sample.imagine) > protocol.max_spans:
         raise DataError(
-            f"{where}: column 'imagine' has {len(sample.imagine)} spans, the protocol allows {protocol.max_spans}; "
+            f"{where}: column 'imagine' has {len(sample.imagine)} spans, the protocol allows "
+            f"{protocol.max_spans}; "
             "list fewer spans or raise the protocol's max_spans"
         )
     lengths = []
@@ -37,9 +40,12 @@ def span_lengths(
         lengths.append(patches * tokens_per_patch)
         if not protocol.min_length <= lengths[-1] <= protocol.max_length:
             raise DataError(
-                f"{where}: span {number} of column 'imagine' has {len(frames)} frames, so {lengths[-1]} latents "
-                f"({temporal_patch_size} frames a patch, {tokens_per_patch} latents a patch); the protocol allows "
-                f"{protocol.min_length} to {protocol.max_length}: list other frames, or change the protocol's "
+                f"{where}: span {number} of column 'imagine' has {len(frames)} frames, so "
+                f"{lengths[-1]} latents "
+                f"({temporal_patch_size} frames a patch, {tokens_per_patch} latents a patch); the "
+                "protocol allows "
+                f"{protocol.min_length} to {protocol.max_length}: list other frames, or change the "
+                "protocol's "
                 "min_length and max_length or tokens_per_patch"
             )
     return tuple(lengths)
@@ -48,7 +54,9 @@ def span_lengths(
 def completion_ids(
     lengths: Sequence[int], answer: Sequence[int], tokens: LatentTokens, eos: int
 ) -> np.ndarray:
-    """A start token, fillers and an end token for each span, then the answer and the end of sequence: int64 [C]."""
+    """A start token, fillers and an end token for each span, then the answer and the end of
+    sequence: int64 [C].
+    """
     ids: list[int] = []
     for length in lengths:
         ids += [tokens.start, *[tokens.filler] * length, tokens.end]
@@ -63,7 +71,9 @@ def taught_trajectory(
     latents: torch.Tensor,
     policy: LatentPolicy,
 ) -> Trajectory:
-    """The trajectory of a taught `completion` [C] with `latents` [L, H]. Log-probs are zeros: it was not sampled."""
+    """The trajectory of a taught `completion` [C] with `latents` [L, H]. Log-probs are zeros: it
+    was not sampled.
+    """
     trace = policy.protocol.trace(completion, policy.latent_tokens)
     return Trajectory(
         sample_id=sample.id,

@@ -1,4 +1,6 @@
-"""SFT with latent alignment: cross-entropy on what a policy decides, and a pull of its latents to future frames."""
+"""SFT with latent alignment: cross-entropy on what a policy decides, and a pull of its latents to
+future frames.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,9 @@ from rl.trajectory import MediaKey, Sample, Trajectory
 class LatentSFTConfig(TrainingArguments):
     """`TrainingArguments` plus the latent term and which rows get a latent trace.
 
-    `imagine_share` is one probability for all rows, or one for each value of a manifest column, written as
-    ``{"column": "template", "shares": {"0": 0.75, "1": 0.30}}``. It is drawn anew in each epoch.
+    `imagine_share` is one probability for all rows, or one for each value of a manifest column,
+    written as ``{"column": "template", "shares": {"0": 0.75, "1": 0.30}}``. It is drawn anew in
+    each epoch.
     """
 
     latent_weight: float = field(
@@ -82,7 +85,8 @@ class LatentSFTConfig(TrainingArguments):
         if isinstance(shares, dict):
             if shares.keys() != {"column", "shares"}:
                 raise ObjectiveError(
-                    f"imagine_share has the keys {sorted(shares)}; give 'column' and 'shares', or one number"
+                    f"imagine_share has the keys {sorted(shares)}; give 'column' and 'shares', or "
+                    "one number"
                 )
             shares = shares["shares"].values()
         for share in shares if not isinstance(shares, int | float) else [shares]:
@@ -98,7 +102,8 @@ def imagine_probability(sample: Sample, share: float | dict[str, Any]) -> float:
     value = str(sample.extra.get(column))
     if value not in share["shares"]:
         raise DataError(
-            f"sample {sample.id!r}: column {column!r} is {value}, and imagine_share has no share for it (it has: "
+            f"sample {sample.id!r}: column {column!r} is {value}, and imagine_share has no share "
+            "for it (it has: "
             f"{', '.join(share['shares'])}); add one or correct the row"
         )
     return float(share["shares"][value])
@@ -107,11 +112,12 @@ def imagine_probability(sample: Sample, share: float | dict[str, Any]) -> float:
 class LatentSFTTrainer(Trainer):
     """Teaches a `LatentPolicy` the latent spans and answers of manifest rows.
 
-    Latents are teacher-forced: the pooled features of the frames in `Sample.imagine`, computed once before training
-    with the tower as it then is, are both fed and aimed at. `targets` from an earlier stage with the same tower and
-    samples spare that. Clips of the prompts come from `source`, by default a cache of `args.media_cache` clips.
-    Logs `loss_text` (cross-entropy), `loss_latent` (before its weight) and `imagined` (share of rows with spans)
-    beside `loss`. Each checkpoint is a policy that `load_policy` reads. Raises `DataError` for rows whose spans the
+    Latents are teacher-forced: the pooled features of the frames in `Sample.imagine`, computed once
+    before training with the tower as it then is, are both fed and aimed at. `targets` from an
+    earlier stage with the same tower and samples spare that. Clips of the prompts come from
+    `source`, by default a cache of `args.media_cache` clips. Logs `loss_text` (cross-entropy),
+    `loss_latent` (before its weight) and `imagined` (share of rows with spans) beside `loss`. Each
+    checkpoint is a policy that `load_policy` reads. Raises `DataError` for rows whose spans the
     protocol does not allow.
     """
 
@@ -151,16 +157,18 @@ class LatentSFTTrainer(Trainer):
         self._sums: dict[str, list[torch.Tensor]] = defaultdict(list)
         if args.freeze_vision:
             vision_tower(self.policy).requires_grad_(False)
+        rows: Any = [{"index": i} for i in range(len(self.samples))]
         super().__init__(
             model=model,
             args=args,
-            train_dataset=[{"index": i} for i in range(len(self.samples))],  # type: ignore[arg-type]
+            train_dataset=rows,
             data_collator=default_data_collator,
             processing_class=media.processor,
             callbacks=[CompleteCheckpoints(), *callbacks],
             **kwargs,
         )
-        # The loss is a mean over the micro-batch; transformers must divide it by the accumulation steps.
+        # The loss is a mean over the micro-batch; transformers must divide it by the accumulation
+        # steps.
         self.model_accepts_loss_kwargs = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -179,7 +187,7 @@ class LatentSFTTrainer(Trainer):
             start_head_at(self.policy.latent_head, self.targets.mean)
         return super().train(*args, **kwargs)
 
-    # -- from indices to tensors --------------------------------------------------------------------------------
+    # -- from indices to tensors -------------------------------------------------------------------
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> Any:
         rows = [self._teach(i) for i in inputs["index"].tolist()]
@@ -219,7 +227,7 @@ class LatentSFTTrainer(Trainer):
         text = template.replace("{answer}", sample.answer)
         return self.media.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    # -- the loss -------------------------------------------------------------------------------------------------
+    # -- the loss ----------------------------------------------------------------------------------
 
     def compute_loss(
         self,
@@ -228,7 +236,9 @@ class LatentSFTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Mean of -log π over what was decided, plus λ times the alignment of the latents' means."""
+        """Mean of -log π over what was decided, plus λ times the alignment of the latents'
+        means.
+        """
         batch: ReplayBatch = inputs
         assert self.targets is not None
         scores = model(**batch.inputs)
@@ -263,18 +273,22 @@ def vision_tower(policy: LatentPolicy) -> nn.Module:
     tower = policy.get_encoder(modality="video")
     if tower is policy or tower is policy.base_model:
         raise PolicyError(
-            f"{type(policy).__name__}: no vision tower was found, so it cannot be frozen; set freeze_vision to false"
+            f"{type(policy).__name__}: no vision tower was found, so it cannot be frozen; set "
+            "freeze_vision to false"
         )
     return tower
 
 
 @torch.no_grad()
 def start_head_at(head: nn.Module, mean: torch.Tensor) -> None:
-    """Make the head predict `mean` [H] whatever it sees; `PolicyError` if its last layer is no linear one with bias."""
+    """Make the head predict `mean` [H] whatever it sees; `PolicyError` if its last layer is no
+    linear one with bias.
+    """
     linears = [m for m in head.modules() if isinstance(m, nn.Linear)]
     if not linears or linears[-1].bias is None:
         raise PolicyError(
-            "start_at_mean needs a latent head that ends in a linear layer with a bias; choose another head or unset it"
+            "start_at_mean needs a latent head that ends in a linear layer with a bias; choose "
+            "another head or unset it"
         )
     linears[-1].weight.zero_()
     linears[-1].bias.copy_(mean)

@@ -1,4 +1,6 @@
-"""The command line on bad input: one screen that names the place and the remedy, and exit code 2."""
+"""The command line on bad input: one screen that names the place and the remedy, and exit code
+2.
+"""
 
 from __future__ import annotations
 

@@ -63,7 +63,9 @@ class Scripted:
 
 
 def test_counts_by_hand() -> None:
-    """Four answers: right with 2 latents, right without, wrong with 4, and one cut short; one cannot be judged."""
+    """Four answers: right with 2 latents, right without, wrong with 4, and one cut short; one
+    cannot be judged.
+    """
     script = {
         "a": ("<answer>A</answer>", 2),
         "b": ("<answer>left</answer>", 0),

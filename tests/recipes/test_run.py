@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -27,7 +27,7 @@ FORESIGHT = [sys.executable, "-c", "from recipes.cli import app; app()"]
 
 
 def run(path: Path) -> tuple[RunResult, str]:
-    console = Console(width=200, record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(width=200, record=True, file=io.StringIO())
     return run_recipe(load_recipe(path), console), console.export_text()
 
 

@@ -1,4 +1,6 @@
-"""The outcome-contrastive reward: hand-computed values of both scales, and what must hold of any group."""
+"""The outcome-contrastive reward: hand-computed values of both scales, and what must hold of any
+group.
+"""
 
 import math
 
@@ -35,7 +37,8 @@ def test_mixed_group_by_hand():
     first = E**2 / (E**2 + E + 1)
     expected = [first, first, E / (E + E**2 + E), 1 / (1 + E + E**2)]
     assert published(latents, correct) == pytest.approx(expected, abs=1e-6)
-    # The mean over the *other* wrong ones: first (e + 1)/2, NORTH e (only WEST), WEST e (only NORTH).
+    # The mean over the *other* wrong ones: first (e + 1)/2, NORTH e (only WEST), WEST e (only
+    # NORTH).
     first = E**2 / (E**2 + (E + 1) / 2)
     expected = [first, first, E / (E + E), 1 / (1 + E)]
     assert outcome_contrastive(latents, correct) == pytest.approx(expected, abs=1e-6)
@@ -43,7 +46,8 @@ def test_mixed_group_by_hand():
 
 def test_all_wrong_by_hand():
     latents = [EAST, EAST, WEST]
-    # 1 / (1 + sum): the first two see themselves and each other (e² each) and WEST (1); WEST sees 1, 1, e².
+    # 1 / (1 + sum): the first two see themselves and each other (e² each) and WEST (1); WEST sees
+    # 1, 1, e².
     expected = [1 / (1 + 2 * E**2 + 1)] * 2 + [1 / (1 + 2 + E**2)]
     assert published(latents, [False] * 3) == pytest.approx(expected, abs=1e-6)
     # The missing right side is 1/2, e^1: e / (e + mean). Means: (e² + 1)/2 twice, and (1 + 1)/2.
@@ -62,7 +66,8 @@ def test_all_right_by_hand():
 
 def test_sole_right_trajectory_is_its_own_positive_only_as_published():
     latents, correct = [EAST, NORTH], [True, False]
-    # Published: sim with itself 1 against 1/2: e²/(e² + e); the wrong one 1/2 against itself: e/(e + e²).
+    # Published: sim with itself 1 against 1/2: e²/(e² + e); the wrong one 1/2 against itself: e/(e
+    # + e²).
     assert published(latents, correct) == pytest.approx([E / (E + 1), 1 / (1 + E)], abs=1e-6)
     # Bounded: the right one knows only the wrong one at 1/2, and the wrong one only the right one.
     assert outcome_contrastive(latents, correct) == pytest.approx([0.5, 0.5], abs=1e-6)

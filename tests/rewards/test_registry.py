@@ -23,12 +23,18 @@ def test_every_reward_by_its_name_with_the_published_weights():
 @pytest.mark.parametrize(
     ("spec", "complaint"),
     [
-        ({"use": "temporal_diversty"}, r"rewards\[1\]: unknown reward 'temporal_diversty'; did you mean 'temporal_div"),
+        (
+            {"use": "temporal_diversty"},
+            r"rewards\[1\]: unknown reward 'temporal_diversty'; did you mean 'temporal_div",
+        ),
         ({"use": "format", "wieght": 1}, "unknown key 'wieght'; did you mean 'weight'"),
         ({"weight": 1}, "has no `use`"),
         ({"use": "format", "weight": "much"}, "weight is 'much'"),
         ({"use": "format", "weight": True}, "weight is True"),
-        ({"use": "format", "options": {"gramar": "any"}}, "unknown option 'gramar'; did you mean 'grammar'"),
+        (
+            {"use": "format", "options": {"gramar": "any"}},
+            "unknown option 'gramar'; did you mean 'grammar'",
+        ),
         ({"use": "repetition", "options": {"n": 4}}, "unknown option 'n'; known: none"),
         ({"use": "format", "options": {"grammar": "free"}}, "grammar is 'free'"),
         ({"use": "outcome_contrastive", "options": {"scale": "paper"}}, "scale is 'paper'"),

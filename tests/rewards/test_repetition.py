@@ -25,7 +25,8 @@ def test_loops_by_hand():
 
 
 def test_lines_by_hand():
-    # Four lines of more than ten characters, two distinct; three words a line, so that four-grams repeat less.
+    # Four lines of more than ten characters, two distinct; three words a line, so that four-grams
+    # repeat less.
     first, second = "ball rolling eastward", "sun setting westwards"
     assert repetition_score("\n".join([first, second, second, first])) == pytest.approx(0.5)
 

@@ -84,8 +84,8 @@ def test_outcome_comes_first_and_every_component_is_kept():
     one, two = rewards.score(groups, outcomes)
     assert one.outcome == one.components["accuracy"] == [1.0, 1.0, 0.0]
     assert one.components["format"] == [1.0, 1.0, 1.0]
-    # Right ones agree on the shared first step (1) and are at 1/2 from the wrong one; the wrong one is at 1/2 from
-    # the right ones and has no other wrong one (1/2).
+    # Right ones agree on the shared first step (1) and are at 1/2 from the wrong one; the wrong one
+    # is at 1/2 from the right ones and has no other wrong one (1/2).
     high = 1 / (1 + math.exp(-1))
     assert one.components["outcome_contrastive"] == pytest.approx([high, high, 0.5], abs=1e-5)
     assert one.components["temporal_diversity"] == [0.0, 0.0, 0.0]

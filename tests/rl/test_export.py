@@ -58,7 +58,8 @@ def test_fresh_process_gives_the_same_logits(policy_folder: Path, tmp_path: Path
     script = (
         "import sys, torch\nfrom rl import load_policy\nfrom transformers import AutoProcessor\n"
         "torch.set_num_threads(1)\npolicy = load_policy(sys.argv[1])\n"
-        "ids = AutoProcessor.from_pretrained(sys.argv[1]).tokenizer('where?', return_tensors='pt')['input_ids']\n"
+        "ids = AutoProcessor.from_pretrained(sys.argv[1]).tokenizer('where?', "
+        "return_tensors='pt')['input_ids']\n"
         "with torch.no_grad():\n"
         "    out = policy(input_ids=ids, mm_token_type_ids=torch.zeros_like(ids)).logits\n"
         "torch.save(out, sys.argv[2])"

@@ -42,6 +42,7 @@ def test_latent_surrogate_by_hand():
     assert term.clipped_L.tolist() == [True, False, False, True]
     term.loss.backward()
     # Clipped latents have no gradient; the others -A·r/(2·4).
+    assert new.grad is not None
     assert new.grad.tolist() == pytest.approx([0, -0.740818 / 8, 1.349859 / 8, 0], abs=1e-6)
 
 

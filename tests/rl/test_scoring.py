@@ -14,10 +14,10 @@ from rl.policy.protocol import LatentProtocol, Slot
 from rl.scoring import collate, replay
 from rl.trajectory import RolloutRequest, Sampling
 from tests.latent import engine_for, square_samples, thinking_policy
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, Family
 
 
-def sampled(folder, family="qwen3_vl", size=10, **kwargs):
+def sampled(folder, family: Family = "qwen3_vl", size=10, **kwargs):
     """Trajectories of four clips of different lengths, half of them opening with a span."""
     policy, processor = thinking_policy(folder / "policy", family, **kwargs)
     engine = engine_for(policy, processor)

@@ -19,7 +19,7 @@ from tests.tiny import FAMILIES
 ENGINES = {"transformers": engine_for}
 
 
-@pytest.fixture(params=ENGINES.values(), ids=ENGINES.keys())
+@pytest.fixture(params=ENGINES.values(), ids=list(ENGINES))
 def build(request):
     return request.param
 

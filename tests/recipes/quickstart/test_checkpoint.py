@@ -97,7 +97,8 @@ def test_a_prompt_is_short_and_frames_go_in_as_they_are(processor, frames, quest
     assert inputs["input_ids"].shape == (1, 54)
     assert (inputs["input_ids"] == processor.video_token_id).sum() == 32
     assert inputs["video_grid_thw"].tolist() == [[2, 8, 8]]
-    # patches: time, then tiles, then the 2x2 patches of a tile; in each: channel, frame, row, column
+    # patches: time, then tiles, then the 2x2 patches of a tile; in each: channel, frame, row,
+    # column
     patches = inputs["pixel_values_videos"].view(2, 4, 4, 2, 2, 3, 2, 4, 4)
     restored = patches.permute(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(4, 32, 32, 3) * 127.5 + 127.5
     assert torch.allclose(restored, torch.tensor(frames[:4]).float(), atol=1e-3)

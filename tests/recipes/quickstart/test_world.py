@@ -32,7 +32,8 @@ def test_a_path_followed_by_hand_crosses_the_edges():
             [GREEN, BLUE, RED, BLUE],
         ]
     )
-    # red at (0,0): down-left over the left edge; blue at (1,3): over the right edge; at (3,1) over the bottom edge
+    # red at (0,0): down-left over the left edge; blue at (1,3): over the right edge; at (3,1) over
+    # the bottom edge
     by_hand = [[0, 0], [1, 3], [2, 0], [3, 1], [0, 2], [1, 3], [2, 0], [3, 1]]
     assert world.follow(board, (0, 0)).tolist() == by_hand
 

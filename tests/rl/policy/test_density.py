@@ -112,7 +112,8 @@ def test_gradients(density):
 
 @pytest.mark.parametrize("density", DENSITIES)
 def test_the_score_has_mean_zero(density):
-    # E_π[∇ log π] = 0 holds for a normalised density only; a detached or missing constant breaks it.
+    # E_π[∇ log π] = 0 holds for a normalised density only; a detached or missing constant breaks
+    # it.
     mean = torch.nn.functional.normalize(torch.arange(1.0, 13.0)[None].double(), dim=-1) * 2
     z = draws(mean, 0.5, density, 40000)
     mean = mean.expand_as(z).clone().requires_grad_()
