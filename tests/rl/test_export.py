@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoProcessor
 
 from rl.checkpoints import STATE_FILE
+from rl.data.manifest import read_manifest
+from rl.data.media import LocalMedia, MediaProcessor
 from rl.errors import CheckpointError, PolicyError
 from rl.export import export_policy, save_policy, verify, whole_folder
 from rl.policy.heads import HeadConfig
 from rl.policy.model import load_policy, make_policy
 from rl.policy.protocol import LatentProtocol
+from rl.trajectory import RolloutRequest, Sampling
+from rollouts.transformers_engine import TransformersEngine
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,42 @@ def test_fresh_process_gives_the_same_logits(policy_folder: Path, tmp_path: Path
     subprocess.run([sys.executable, "-c", script, str(target), str(there)], check=True)
     here = text_logits(load_policy(policy_folder), policy_folder)
     assert (torch.load(there) - here).abs().max() <= 1e-6
+
+
+ANSWER = """
+import pickle, sys
+from pathlib import Path
+import torch
+from rl import Sampling, load_policy, read_manifest
+from transformers import AutoProcessor
+from rl.data.media import LocalMedia, MediaProcessor
+from rl.trajectory import RolloutRequest
+from rollouts.transformers_engine import TransformersEngine
+torch.set_num_threads(1)
+folder, manifest, out = sys.argv[1:]
+media = MediaProcessor(AutoProcessor.from_pretrained(folder))
+engine = TransformersEngine(load_policy(folder), media, LocalMedia(media, 8))
+greedy = Sampling(temperature=0.0, max_new_tokens=24, imagine="always")
+groups = engine.generate([RolloutRequest(s, (0,), greedy) for s in read_manifest(manifest)])
+Path(out).write_bytes(pickle.dumps([g.trajectories[0] for g in groups]))
+"""
+
+
+def test_fresh_process_gives_the_same_answers(
+    policy_folder: Path, tmp_path: Path, clips: Path
+) -> None:
+    target = export_policy(policy_folder, tmp_path / "out")
+    manifest, there = clips / "manifest.jsonl", tmp_path / "answers"
+    command = [sys.executable, "-c", ANSWER, str(target), str(manifest), str(there)]
+    subprocess.run(command, check=True)
+    media = MediaProcessor(AutoProcessor.from_pretrained(policy_folder))
+    engine = TransformersEngine(load_policy(policy_folder), media, LocalMedia(media, 8))
+    greedy = Sampling(temperature=0.0, max_new_tokens=24, imagine="always")
+    groups = engine.generate([RolloutRequest(s, (0,), greedy) for s in read_manifest(manifest)])
+    for group, theirs in zip(groups, pickle.loads(there.read_bytes()), strict=True):
+        ours = group.trajectories[0]
+        assert ours.text == theirs.text and ours.imagined
+        torch.testing.assert_close(ours.latents, theirs.latents, atol=1e-6, rtol=0)
 
 
 def test_lora_checkpoint_is_merged_with_its_head(policy_folder: Path, tmp_path: Path) -> None:
