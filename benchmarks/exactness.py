@@ -31,6 +31,11 @@ CASES: dict[str, dict[str, Any]] = {
     "Qwen3-VL, fp32, von Mises-Fisher, c = 1": {"protocol": protocol(1.0, density="vmf")},
     "Qwen3-VL, fp32, Gaussian, c = 0.3": {"protocol": protocol(0.3)},
     "Qwen3-VL, fp32, Gaussian, c = 0.1": {"protocol": protocol(0.1)},
+    "Qwen3-VL, bf16, Gaussian, c = 1": {
+        "protocol": protocol(1.0),
+        "dtype": torch.bfloat16,
+        "boldness": 0.3,
+    },
     "Qwen3-VL, bf16, Gaussian, c = 0.3": {
         "protocol": protocol(0.3),
         "dtype": torch.bfloat16,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoProcessor
 
 from recipes.loading import Recipe
@@ -39,9 +41,11 @@ class Plan:
 def check_recipe(recipe: Recipe) -> Plan:
     """Read manifests, the policy's config and processor, and the first clip.
 
-    Raises the error of whatever is wrong: `PolicyError`, `ProtocolError`, `DataError`,
+    Also refuses to train in several processes or on several GPUs (`check_processes`). Raises the
+    error of whatever is wrong: `PolicyError`, `ProtocolError`, `DataError`,
     `VideoError`, `ObjectiveError` or `RecipeError`.
     """
+    check_processes(recipe)
     settings = read_settings(recipe.policy.path)
     protocol, head = _protocol(recipe, settings), _head(recipe, settings)
     train, validation, evaluation = _samples(recipe)
@@ -70,6 +74,25 @@ def check_recipe(recipe: Recipe) -> Plan:
         settings is not None,
         protocol == own,
     )
+
+
+def check_processes(recipe: Recipe) -> None:
+    """Refuse several trainer processes (``WORLD_SIZE``, as launchers set it) and several GPUs in
+    one, over which transformers would spread the model by itself. Raises `RecipeError`.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise RecipeError(
+            f"this version trains in one process, but it was started as one of {processes} "
+            "(WORLD_SIZE); start it without a launcher such as torchrun or accelerate. Sampling "
+            "scales with rollouts.workers"
+        )
+    gpus = torch.cuda.device_count() if recipe.device == "auto" else 0
+    if gpus > 1:
+        raise RecipeError(
+            f"this version trains on one GPU, but the trainer would see {gpus}; set "
+            "CUDA_VISIBLE_DEVICES to one of them for this command, or write device: cpu"
+        )
 
 
 def media_processor(recipe: Recipe, processor: Any) -> MediaProcessor:

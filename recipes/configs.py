@@ -33,7 +33,7 @@ def trainer_config(recipe: Recipe) -> Any:
     machine.
     """
     on_gpu = uses_gpu(recipe)
-    arguments = {
+    arguments: dict[str, Any] = {
         "output_dir": str(recipe.output / CHECKPOINTS),
         "seed": recipe.seed,
         "use_cpu": not on_gpu,
@@ -43,6 +43,8 @@ def trainer_config(recipe: Recipe) -> Any:
         **recipe.train.arguments(),
         **recipe.train.extra,
     }
+    if not isinstance(recipe, LADAPORecipe):  # in RL the pool keeps the clips
+        arguments["media_cache"] = recipe.data.media_cache
     try:
         return config_class(recipe)(**arguments)
     except ForesightError:

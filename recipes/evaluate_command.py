@@ -10,14 +10,13 @@ import torch
 from rich.console import Console
 from transformers import AutoProcessor
 
-from recipes.callbacks import progress_bar
-from recipes.evaluate import MODES, Evaluation, evaluate
+from recipes.evaluate import MODES, Evaluation
+from recipes.sampling import evaluate_with_bar, gpu_share, start_pool
 from rl.data.manifest import read_manifest
 from rl.data.media import MediaProcessor
 from rl.errors import PolicyError, RecipeError
 from rl.export import find_policy, is_policy
 from rl.policy.protocol import Imagine
-from rollouts.pool import RolloutPool
 from rollouts.worker import EngineSpec
 
 
@@ -33,9 +32,12 @@ def evaluate_policy(
     default_frames: int = 16,
     video_root: str | Path | None = None,
     system_prompt: str | None = None,
+    media_cache: int = 512,
     console: Console | None = None,
 ) -> Evaluation:
     """Evaluate a policy folder, or the policy of a run, on a manifest with `workers` Ray workers.
+
+    The workers share out this machine's GPUs; the `media_cache` last used clips are kept in memory.
 
     Raises `RecipeError` for an unknown mode, `PolicyError` or `CheckpointError` for a folder that
     holds no policy, and the errors of manifests and videos.
@@ -60,15 +62,8 @@ def evaluate_policy(
         device="cuda" if gpus else "cpu",
         **settings,
     )
-    with console.status(f"starting {workers} rollout workers"):
-        pool = RolloutPool(spec, media, workers, gpus_per_worker=min(1.0, gpus / workers))
-    with pool, progress_bar(console, transient=True) as bar:
-        task = bar.add_task("evaluating", total=len(chosen) * len(samples))
-        return evaluate(
-            pool,
-            samples,
-            chosen,
-            max_new_tokens,
-            by=by,
-            advance=lambda count: bar.advance(task, count),
-        )
+    share = gpu_share(workers, gpus)
+    with start_pool(
+        spec, media, workers, console, gpus_per_worker=share, media_capacity=media_cache
+    ) as pool:
+        return evaluate_with_bar(pool, samples, chosen, max_new_tokens, console, by=by)

@@ -192,8 +192,10 @@ def _extra_problems(recipe: Recipe) -> Iterator[str]:
     own |= {a: a for a in recipe.train.arguments() if a not in own}
     for name, value in recipe.train.extra.items():
         key = f"train.extra.{name}"
-        if name in _SET_BY_RUN:
+        if name in types and name in _SET_BY_RUN:
             yield f"{key}: Foresight sets this itself; {_SET_BY_RUN[name]}"
+        elif name in types and name in _NOT_OURS:
+            yield f"{key}: not supported; {_NOT_OURS[name]}"
         elif name in own:
             yield f"{key}: the recipe has a key for this; write train.{own[name]}"
         elif name not in types:
@@ -212,7 +214,27 @@ _SET_BY_RUN = {
     "gradient_accumulation_steps": "write train.micro_batch",
     "bf16": "it follows from the machine",
     "use_cpu": "it follows from the machine",
+    "fp16": "it follows from the machine",
     "disable_tqdm": "leave it out",
+    "media_cache": "write data.media_cache",
+    "save_strategy": "write train.save_every",
+    "reward_weights": "write rewards with their weights",
+}
+# Arguments of a trainer that would break a run or do nothing in it, and why.
+_SAMPLING = "trajectories are sampled and scored without it; of sampling, write train.temperature"
+_ENTROPY = "LA-DAPO's objective has no entropy term; leave it out"
+_NOT_OURS = {
+    "save_only_model": "a run could not be resumed; leave it out",
+    "load_best_model_at_end": "the policy of the last step is what a run exports; leave it out",
+    "sync_ref_model": "the reference stays the policy that the run starts from; leave it out",
+    "generation_kwargs": _SAMPLING,
+    "repetition_penalty": _SAMPLING,
+    "entropy_coef": _ENTROPY,
+    "use_adaptive_entropy": _ENTROPY,
+    "entropy_coef_min": _ENTROPY,
+    "entropy_coef_max": _ENTROPY,
+    "entropy_coef_delta": _ENTROPY,
+    "entropy_target": _ENTROPY,
 }
 
 

@@ -4,8 +4,8 @@ reading.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,25 +16,26 @@ from rich.console import Console
 from transformers import AutoProcessor, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from recipes.callbacks import MetricsFile, TrainingProgress, Validation, progress_bar
+from recipes.callbacks import MetricsFile, TrainingProgress, Validation
 from recipes.check import Plan, check_recipe, media_processor, reward_specs
 from recipes.configs import lora_config, trainer_config, uses_gpu, with_adapters
-from recipes.evaluate import Evaluation, Sampler, evaluate
+from recipes.evaluate import Evaluation, evaluate
 from recipes.loading import Recipe
 from recipes.run_folder import RunFolder
+from recipes.sampling import evaluate_with_bar, gpu_share, start_pool
 from recipes.schema import LADAPORecipe
 from rewards.registry import build_rewards
+from rl.checkpoints import last_complete, read_state
 from rl.data.media import LocalMedia, MediaProcessor
-from rl.export import export_policy, save_policy, whole_folder
+from rl.errors import CheckpointError
+from rl.export import export_policy, is_policy, save_policy, whole_folder
 from rl.policy.model import load_policy, make_policy
-from rl.trajectory import Sample
 from rl.weights import weight_update
 from rollouts.pool import RolloutPool
 from rollouts.transformers_engine import TransformersEngine
 from rollouts.worker import EngineSpec
 
-# An engine in the trainer's own process (SFT): answers side by side, and clips kept.
-_SIDE_BY_SIDE, _CLIPS = 32, 256
+_SIDE_BY_SIDE = 32  # answers of an engine in the trainer's own process (SFT)
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,7 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> RunResult:
     run = RunFolder(recipe.output)
 
     if (done := run.result()) is not None:
-        run.claim(recipe)  # refuses another recipe than the one that ran
-        console.print(
-            f"{recipe.name} is finished: {run.policy} (delete {run.root} to run it again)"
-        )
-        return RunResult(run.root, run.policy, done["steps"], None, done["evaluation"])
+        return _finished(recipe, run, done, console)
 
     # 1. Everything that can be wrong is found here, before anything is written or started.
     plan = check_recipe(recipe)
@@ -86,25 +83,68 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> RunResult:
             policy = load_policy(start, dtype=getattr(torch, recipe.policy.dtype))
             _train(recipe, plan, run, policy, media, pool, found.checkpoint, console)
             del policy
+            gc.collect()  # the trainer and its callbacks refer to each other
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
         # 4. The trained policy, as a folder that stands on its own.
+        last = _last_checkpoint(recipe, run)
         with console.status("saving the policy"):
-            export_policy(run.checkpoints, run.policy, base=start, overwrite=True)
+            export_policy(last, run.policy, base=start, overwrite=True)
 
         # 5. How good it is.
-        figures = None
-        if recipe.evaluation is not None:
-            trained = load_policy(run.policy)
-            if pool is not None:
-                pool.update_weights(weight_update(trained, recipe.train.max_steps))
-            device = "cuda" if uses_gpu(recipe) else "cpu"
-            sampler = pool or _engine(trained, media, device)
-            evaluation = _evaluate(recipe, plan.evaluation, sampler, console)
-            console.print(evaluation.table())
-            figures = evaluation.to_dict()
+        figures = _evaluate(recipe, plan, run, media, pool, console)
 
-    run.finish({"steps": recipe.train.max_steps, "evaluation": figures})
+    _write_result(recipe, run, figures)
     return RunResult(run.root, run.policy, recipe.train.max_steps, found.step or None, figures)
+
+
+def _finished(recipe: Recipe, run: RunFolder, done: dict[str, Any], console: Console) -> RunResult:
+    """The result of a run that is finished; evaluated again if the recipe now asks for other
+    figures.
+    """
+    figures, wanted = done["evaluation"], _evaluation_section(recipe)
+    again = wanted is not None and wanted != done.get("evaluation_section")
+    if again and not is_policy(run.policy):
+        raise CheckpointError(
+            f"{run.root} is finished, but {run.policy} is gone, so it cannot be evaluated again; "
+            "delete result.json to export the policy from its last checkpoint"
+        )
+    plan = check_recipe(recipe) if again else None
+    run.claim(recipe)  # refuses another recipe than the one that ran
+    console.print(f"{recipe.name} is finished: {run.policy} (delete {run.root} to run it again)")
+    if wanted is None:
+        figures = None
+    elif plan is not None:
+        console.print("the recipe's evaluation has changed since: evaluating again")
+        media = media_processor(recipe, AutoProcessor.from_pretrained(run.policy))
+        with _pool(recipe, media, str(run.policy), console) as pool:
+            figures = _evaluate(recipe, plan, run, media, pool, console)
+        _write_result(recipe, run, figures)
+    return RunResult(run.root, run.policy, done["steps"], None, figures)
+
+
+def _evaluation_section(recipe: Recipe) -> dict[str, Any] | None:
+    return recipe.evaluation and recipe.evaluation.model_dump(mode="json")
+
+
+def _write_result(recipe: Recipe, run: RunFolder, figures: dict[str, Any] | None) -> None:
+    """Finish the run; what the figures are of is kept with them."""
+    asked = {"evaluation_section": _evaluation_section(recipe)}
+    run.finish({"steps": recipe.train.max_steps, "evaluation": figures, **asked})
+
+
+def _last_checkpoint(recipe: Recipe, run: RunFolder) -> Path:
+    """The checkpoint of the last step. Raises `CheckpointError` if training left another."""
+    last, wanted = last_complete(run.checkpoints), recipe.train.max_steps
+    step = int(read_state(last)["step"]) if last else None
+    if last is None or step != wanted:
+        newest = "there is none" if last is None else f"the newest is of step {step}"
+        raise CheckpointError(
+            f"{run.checkpoints} has no whole checkpoint of step {wanted}, the last one: {newest}. "
+            "Nothing was exported; start the run again to go on from there"
+        )
+    return last
 
 
 def _train(
@@ -154,7 +194,7 @@ def _train(
         if pool is not None:
             trainer.sync_weights()
             return evaluate(pool, samples, ("free",), length)
-        with _answering(trainer.policy, media) as engine:
+        with _answering(recipe, trainer.policy, media) as engine:
             return evaluate(engine, samples, ("free",), length)
 
     if validation is not None:
@@ -194,9 +234,9 @@ def _pool(
         return
     settings = recipe.rollouts
     gpus = settings.gpus_per_worker
-    if gpus is None:  # this machine's, shared out evenly; Ray counts them in ten-thousandths
+    if gpus is None:
         there = torch.cuda.device_count() if uses_gpu(recipe) else 0
-        gpus = min(1.0, math.floor(1e4 * there / settings.workers) / 1e4)
+        gpus = gpu_share(settings.workers, there)
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if gpus else "float32"
@@ -209,47 +249,59 @@ def _pool(
         system_prompt=recipe.data.system_prompt,
         threads=max(1, int(settings.cpus_per_worker)),
     )
-    with console.status(f"starting {settings.workers} rollout workers"):
-        pool = RolloutPool(
-            spec,
-            media,
-            settings.workers,
-            address=settings.ray.address,
-            timeout=settings.timeout_s,
-            cpus_per_worker=settings.cpus_per_worker,
-            gpus_per_worker=gpus,
-        )
-    with pool:
+    with start_pool(
+        spec,
+        media,
+        settings.workers,
+        console,
+        address=settings.ray.address,
+        timeout=settings.timeout_s,
+        media_capacity=recipe.data.media_cache,
+        cpus_per_worker=settings.cpus_per_worker,
+        gpus_per_worker=gpus,
+    ) as pool:
         yield pool
 
 
-def _engine(policy: Any, media: MediaProcessor, device: torch.device | str) -> TransformersEngine:
-    clips = LocalMedia(media, _CLIPS)
+def _engine(
+    recipe: Recipe, policy: Any, media: MediaProcessor, device: torch.device | str
+) -> TransformersEngine:
+    clips = LocalMedia(media, recipe.data.media_cache)
     return TransformersEngine(policy, media, clips, max_batch_size=_SIDE_BY_SIDE, device=device)
 
 
 @contextmanager
-def _answering(policy: Any, media: MediaProcessor) -> Iterator[TransformersEngine]:
+def _answering(recipe: Recipe, policy: Any, media: MediaProcessor) -> Iterator[TransformersEngine]:
     """An engine on a policy that is being trained, in its own process."""
     training = policy.training
     try:
-        yield _engine(policy, media, policy.device)
+        yield _engine(recipe, policy, media, policy.device)
     finally:
         policy.train(training)
 
 
 def _evaluate(
-    recipe: Recipe, samples: Sequence[Sample], sampler: Sampler, console: Console
-) -> Evaluation:
-    assert recipe.evaluation is not None
-    modes, length = recipe.evaluation.modes, recipe.train.max_completion_length
-    with progress_bar(console, transient=True) as bar:
-        task = bar.add_task("evaluating", total=len(modes) * len(samples))
-        return evaluate(
-            sampler,
-            samples,
-            modes,
-            length,
-            by=recipe.evaluation.by,
-            advance=lambda count: bar.advance(task, count),
-        )
+    recipe: Recipe,
+    plan: Plan,
+    run: RunFolder,
+    media: MediaProcessor,
+    pool: RolloutPool | None,
+    console: Console,
+) -> dict[str, Any] | None:
+    """Show and return the figures of the run's policy; None without an evaluation in the recipe."""
+    if recipe.evaluation is None:
+        return None
+    trained = load_policy(run.policy)
+    if pool is not None:
+        pool.update_weights(weight_update(trained, recipe.train.max_steps))
+    device = "cuda" if uses_gpu(recipe) else "cpu"
+    evaluation = evaluate_with_bar(
+        pool or _engine(recipe, trained, media, device),
+        plan.evaluation,
+        recipe.evaluation.modes,
+        recipe.train.max_completion_length,
+        console,
+        by=recipe.evaluation.by,
+    )
+    console.print(evaluation.table())
+    return evaluation.to_dict()

@@ -105,6 +105,11 @@ class DataSection(Section):
         default=None, description="Train on the manifest's first so many rows; null: all."
     )
     system_prompt: str | None = Field(default=None, description="Opens every prompt; null: none.")
+    media_cache: Count = Field(
+        default=512,
+        description="Processed clips kept in memory; one of 16 frames at 448x448 takes about "
+        "50 MB.",
+    )
 
 
 class RaySection(Section):
@@ -197,8 +202,10 @@ class TrainSection(Section):
     )
     lora: LoraSection | None = Field(default=None, description="Train adapters; null: all weights.")
     save_every: Count = Field(default=20, description="Steps between checkpoints.")
-    keep_checkpoints: Count | None = Field(
-        default=2, description="Older ones are deleted; null: none."
+    keep_checkpoints: Annotated[int, Field(ge=2)] | None = Field(
+        default=2,
+        description="Older ones are deleted; at least 2, as that happens before the newest is "
+        "whole; null: none.",
     )
     log_every: Count = Field(default=1, description="Steps between lines of metrics.jsonl.")
     validate_every: Count | None = Field(
@@ -291,9 +298,9 @@ class LADAPOSection(TrainSection):
     max_refills: Annotated[int, Field(ge=0)] = Field(
         default=20, description="Times a step samples new prompts for dropped groups (Future-L1)."
     )
-    gate_shaping: bool = Field(
+    filter_groups: bool = Field(
         default=True,
-        description="No gradient from shaped rewards where all are right or all wrong.",
+        description="Drop groups by filter_low and filter_high; false: shaping teaches in all.",
     )
     max_mismatch: Positive | None = Field(
         default=None,
@@ -374,7 +381,7 @@ class EvaluationSection(Section):
 class _Recipe(Section):
     HARMLESS: ClassVar[frozenset[str]] = frozenset(
         {"name", "output", "evaluation", "train.save_every", "train.log_every"}
-        | {"train.keep_checkpoints"}
+        | {"train.keep_checkpoints", "data.media_cache"}
     )
 
     stage: str

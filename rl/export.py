@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,9 +100,11 @@ def whole_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Pat
     """A folder to write to, which becomes `target` if the block succeeds and vanishes if it does
     not.
 
-    Raises `CheckpointError` if `target` exists with something in it, unless `overwrite`.
+    What killed processes left beside `target` is cleared away first; one process at a time may
+    write it. Raises `CheckpointError` if `target` exists with something in it, unless `overwrite`.
     """
     target = Path(target).absolute()
+    _clear_leftovers(target)
     taken = target.is_dir() and any(target.iterdir())
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; give a folder")
@@ -120,6 +123,34 @@ def whole_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Pat
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Delete the drafts of processes that are gone, and put back the old folder that one of them
+    had moved out of the way without getting to put the new one in its place.
+    """
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(part|old)-([1-9][0-9]*)")
+    for left in sorted(target.parent.glob(".*")):  # .old- before .part-
+        match = pattern.fullmatch(left.name)
+        if match is None or not left.is_dir() or _is_alive(int(match[2])):
+            continue
+        if match[1] == "old" and not target.exists():
+            left.rename(target)
+        else:
+            shutil.rmtree(left)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether another process of this machine has the number; containers reuse our own."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is someone else's
+        return True
+    return True
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ this is our reconstruction.
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,20 +29,17 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rl.checkpoints import CompleteCheckpoints, read_state
 from rl.collecting import Collected, CollectedGroup, GroupCollector
-from rl.errors import ObjectiveError, PolicyError
+from rl.errors import ObjectiveError, PolicyError, SyncError
 from rl.interfaces import GroupScores, Rollouts, Scorer
 from rl.la_dapo_config import LADAPOConfig
+from rl.latent_term import MEANS, latent_term
 from rl.objective import (
     Reason,
     fill_missing,
-    has_contrast,
-    latent_surrogate,
-    reduce_width,
 )
-from rl.policy.density import latent_kl
 from rl.policy.model import LatentPolicy
 from rl.policy.protocol import Slot
-from rl.scoring import Replay, collate, replay
+from rl.scoring import Replay, collate, replay, replay_gaps
 from rl.trajectory import Sample, Sampling, Trajectory
 from rl.weights import weight_update
 
@@ -102,10 +98,12 @@ class LADAPOTrainer(GRPOTrainer):
         self._replaying: list[Trajectory] | None = None
         self._replays: list[Replay] = []
         self._synced_step: int | None = None
-        self._last_sampled = (-1, 0)  # the step of the last rollout, and its number in that step
+        # By mode: the step of the last rollout, and its number in that step.
+        self._last_sampled: dict[str, tuple[int, int]] = {}
         if peft_config is not None and any(True for _ in model.latent_head.parameters()):
-            adapters: Any = peft_config
+            adapters: Any = copy.deepcopy(peft_config)
             adapters.modules_to_save = sorted({*(adapters.modules_to_save or ()), "latent_head"})
+            peft_config = adapters
         wants_reference = args.beta != 0.0 or args.latent_beta != 0.0
         reference = copy.deepcopy(model) if wants_reference and peft_config is None else None
         args.reward_weights = list(scorer.weights)
@@ -172,7 +170,12 @@ class LADAPOTrainer(GRPOTrainer):
             update = weight_update(
                 model, self.state.global_step, trainable_only=self._synced_step is not None
             )
-            self.rollouts.update_weights(update)
+            version = self.rollouts.update_weights(update)
+            if version != update.version:
+                raise SyncError(
+                    f"the workers report version {version} after an update to version "
+                    f"{update.version}; they would sample another policy than the one in training"
+                )
         self.accelerator.wait_for_everyone()
         self._synced_step = self.state.global_step
 
@@ -182,15 +185,15 @@ class LADAPOTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         size = self.num_generations if mode == "train" else self.num_generations_eval
         self.sync_weights()
-        step, number = self._last_sampled
+        step, number = self._last_sampled.get(mode, (-1, 0))
         number = number + 1 if step == self.state.global_step else 0
-        self._last_sampled = (self.state.global_step, number)
+        self._last_sampled[mode] = (self.state.global_step, number)
         collected = self.collector.collect(
             [self.samples[row["sample_id"]] for row in inputs[::size]],
             size,
             Sampling(temperature=self.temperature, max_new_tokens=self.max_completion_length),
             f"{mode}/{self.state.global_step}/{number}",
-            filtering=mode == "train",
+            filtering=mode == "train" and self.args.filter_groups,
         )
         groups = [c.group for c in collected.groups]
         scores = self.scorer.score(groups, [c.outcome for c in collected.groups])
@@ -206,11 +209,6 @@ class LADAPOTrainer(GRPOTrainer):
         finally:
             self.beta = beta
         out["old_per_token_logps"] = out["sampling_per_token_logps"]
-        if self.args.gate_shaping:
-            flat = [has_contrast(c.outcome) for c in collected.groups for _ in range(size)]
-            out["advantages"] = out["advantages"] * torch.tensor(
-                flat, device=out["advantages"].device
-            )
         trained = (out["completion_mask"] * out["tool_mask"]).any(dim=1).tolist()
         latents = sum(len(t.latents) for t, on in zip(trajectories, trained, strict=True) if on)
         out["num_latents_in_batch"] = _gather(
@@ -332,57 +330,33 @@ class LADAPOTrainer(GRPOTrainer):
         return loss + self._latent_loss(replayed, inputs)
 
     def _latent_loss(self, replayed: Replay, inputs: dict[str, Any]) -> torch.Tensor:
-        """α·L_latent + β_z·KL_latent over this micro-batch, normalised by the latents of the whole
-        batch.
+        """α·L_latent + β_z·KL_latent, normalised by the latents of the whole batch as TRL does it
+        with tokens.
         """
         mode = "train" if self.model.training else "eval"
-        device, args, protocol = self.accelerator.device, self.args, self.policy.protocol
-        trajectories: list[Trajectory] = inputs["trajectories"]
-        counts = torch.tensor([len(t.latents) for t in trajectories], device=device)
-        # Rows without a trained token (dropped groups, masked truncations) train no latent either.
-        rows = (inputs["completion_mask"] * inputs["tool_mask"]).any(dim=1)
-        on_L = rows.repeat_interleave(counts)
         normalizer = inputs["num_latents_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if mode == "train":
-            normalizer = (
-                normalizer * self.current_gradient_accumulation_steps / args.steps_per_generation
-            )
-        # The head stays in the graph even where no latent is trained, so that DDP finds its
-        # gradients.
-        loss = replayed.means.sum() * 0.0
-        if replayed.latent_logprobs is None or not bool(on_L.any()):
-            return loss
-        dim = replayed.means.shape[-1]
-        old_L = torch.from_numpy(np.concatenate([t.latent_logprobs for t in trajectories])).to(
-            device
+            steps: Any = self.args.steps_per_generation
+            normalizer = normalizer * self.current_gradient_accumulation_steps / steps
+        term = latent_term(
+            replayed,
+            inputs["trajectories"],
+            inputs["advantages"],
+            # Rows without a trained token (dropped groups, masked truncations) train no latent.
+            (inputs["completion_mask"] * inputs["tool_mask"]).any(dim=1),
+            normalizer,
+            self.args,
+            self.policy.protocol,
+            inputs.get("reference_means"),
         )
-        surrogate = latent_surrogate(
-            replayed.latent_logprobs[on_L],
-            old_L[on_L],
-            inputs["advantages"].repeat_interleave(counts)[on_L],
-            dim=dim,
-            reduction=args.latent_reduction,
-            clip_low=args.latent_epsilon,
-            clip_high=args.latent_epsilon
-            if args.latent_epsilon_high is None
-            else args.latent_epsilon_high,
-            normalizer=normalizer,
-        )
-        metrics = self._metrics[mode]
-        metrics["latents/loss"].append(self._mean(surrogate.loss))
-        metrics["latents/ratio"].append(self._mean(surrogate.ratio_L.mean()))
-        metrics["latents/clip_ratio"].append(self._mean(surrogate.clipped_L.float().mean()))
-        loss = loss + args.latent_alpha * surrogate.loss
-        if args.latent_beta != 0.0:
-            means = torch.cat(inputs["reference_means"]).to(device)
-            kl_L = latent_kl(replayed.means, means, protocol.noise_scale, protocol.density)[on_L]
-            kl_L = reduce_width(kl_L, dim, args.latent_reduction)
-            metrics["latents/kl"].append(self._mean(kl_L.mean()))
-            loss = loss + args.latent_beta * kl_L.sum() / normalizer
-        return loss
-
-    def _mean(self, value: torch.Tensor) -> float:
-        return _gather(value.detach().float()).mean().item()
+        loss, *sums, count = _gather(term.totals[None]).sum(0).tolist()
+        if count:
+            metrics = self._metrics[mode]
+            metrics["latents/loss"].append(loss / self.accelerator.num_processes)
+            for name, total in zip(MEANS, sums, strict=True):
+                if name != "kl" or self.args.latent_beta != 0.0:
+                    metrics[f"latents/{name}"].append(total / count)
+        return term.loss
 
     @torch.no_grad()
     def _check_mismatch(self, replayed: Replay, inputs: dict[str, Any]) -> None:
@@ -390,27 +364,17 @@ class LADAPOTrainer(GRPOTrainer):
         trajectories: list[Trajectory] = inputs["trajectories"]
         if any(t.policy_version != self.state.global_step for t in trajectories):
             return
-        width = inputs["old_per_token_logps"].size(1)
-        decided = np.zeros((len(trajectories), width), dtype=bool)
-        for row, t in enumerate(trajectories):
-            decided[row, : len(t.decision)] = t.decision != Slot.FORCED
-        gap = (_pad_to(width, [replayed.logprobs]) - inputs["old_per_token_logps"]).abs()
-        worst = gap[torch.from_numpy(decided).to(gap.device)].max().item()
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["replay/max_gap"].append(worst)
-        if replayed.latent_logprobs is not None and len(replayed.latent_logprobs):
-            old = torch.from_numpy(np.concatenate([t.latent_logprobs for t in trajectories]))
-            latent_gap = (replayed.latent_logprobs.cpu() - old).abs() / math.sqrt(
-                replayed.means.shape[-1]
-            )
-            self._metrics[mode]["replay/max_latent_gap"].append(latent_gap.max().item())
-        if self.args.max_mismatch is not None and worst > self.args.max_mismatch:
+        gaps = replay_gaps(replayed, trajectories)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["replay/max_gap"].append(gaps.tokens)
+        metrics["replay/max_latent_gap"].append(gaps.latents)
+        # Written so that NaN is a mismatch too.
+        if self.args.max_mismatch is not None and not gaps.largest <= self.args.max_mismatch:
             raise ObjectiveError(
-                f"at step {self.state.global_step} the trainer gives a token a log-prob "
-                f"{worst:.2g} away from the "
-                f"sampler's (max_mismatch is {self.args.max_mismatch}); the workers hold other "
-                "weights or see other "
-                "inputs, and ratios would be wrong"
+                f"at step {self.state.global_step} the trainer's log-probs are {gaps.tokens:.2g} "
+                f"(tokens) and {gaps.latents:.2g} (latents) away from the sampler's, and "
+                f"max_mismatch is {self.args.max_mismatch}; the workers hold other weights or see "
+                "other inputs, and ratios would be wrong"
             )
 
     # -- resuming ----------------------------------------------------------------------------------

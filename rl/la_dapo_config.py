@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from trl.trainer.grpo_config import GRPOConfig
 
 from rl.errors import ObjectiveError
 from rl.objective import Reduction, reduce_width
+
+# Arguments of TRL that LA-DAPO takes no notice of, and the values that say so.
+IGNORED: dict[str, Any] = {
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
+    "repetition_penalty": 1.0,
+    "generation_kwargs": None,
+    "sync_ref_model": False,
+    "reward_weights": None,
+}
 
 
 @dataclass
@@ -53,16 +64,17 @@ class LADAPOConfig(GRPOConfig):
             "help": "How many more times to sample new prompts in the place of dropped groups."
         },
     )
-    gate_shaping: bool = field(
+    filter_groups: bool = field(
         default=True,
         metadata={
-            "help": "No gradient from shaped rewards where a group is all right or all wrong."
+            "help": "Train only on groups that filter_low and filter_high keep. Without it shaped "
+            "rewards also teach in groups that are all right or all wrong."
         },
     )
     max_mismatch: float | None = field(
         default=None,
         metadata={
-            "help": "Stop when a fresh trajectory's replayed log-prob differs by more than this."
+            "help": "Stop when a replayed log-prob (a latent's divided by √H) differs by more."
         },
     )
 
@@ -85,6 +97,12 @@ class LADAPOConfig(GRPOConfig):
                     f"{name}={getattr(self, name)} is not supported: replay scores the whole "
                     "distribution, and "
                     f"truncated sampling would bias the ratio. Leave {name} at its default"
+                )
+        for name, inert in IGNORED.items():
+            if getattr(self, name) != inert:
+                raise ObjectiveError(
+                    f"{name}={getattr(self, name)} would change nothing or do harm here: TRL's own "
+                    f"generation, rewards and entropy terms are not used. Leave it at {inert}"
                 )
         for name in ("use_vllm", "use_transformers_continuous_batching"):
             if getattr(self, name, False):

@@ -96,12 +96,6 @@ def judge_group(outcome_G: Sequence[float], low: float, high: float) -> Verdict:
     return Verdict(True, "kept")
 
 
-def has_contrast(outcome_G: Sequence[float]) -> bool:
-    """Whether a group holds both right and wrong trajectories."""
-    valid = {v for v in outcome_G if not math.isnan(v)}
-    return len(valid) > 1
-
-
 def fill_missing(value_G: torch.Tensor) -> torch.Tensor:
     """A reward's values in one group with each "no value" (NaN) put at the mean of the others.
 

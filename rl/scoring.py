@@ -131,3 +131,31 @@ def replay(model: Callable[..., Scores], batch: ReplayBatch, policy: LatentPolic
         if scale > 0
         else None,
     )
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Largest differences between the log-probs of sampler and replay."""
+
+    tokens: float  # of tokens and of decisions
+    latents: float  # of latents, summed over the width H and divided by √H
+
+    @property
+    def largest(self) -> float:
+        """The larger of the two; NaN if either is."""
+        return float(np.max([self.tokens, self.latents]))
+
+
+def replay_gaps(replayed: Replay, trajectories: Sequence[Trajectory]) -> Gaps:
+    """How far a replay is from what the sampler wrote down about the same trajectories."""
+    found = replayed.logprobs.detach().float().cpu().numpy()
+    tokens = max(
+        float(np.abs(found[row, : len(t.logprobs)] - t.logprobs).max())
+        for row, t in enumerate(trajectories)
+    )
+    latents = 0.0
+    if replayed.latent_logprobs is not None and len(replayed.latent_logprobs):
+        old = np.concatenate([t.latent_logprobs for t in trajectories])
+        difference = np.abs(replayed.latent_logprobs.detach().cpu().numpy() - old)
+        latents = float(difference.max()) / replayed.means.shape[-1] ** 0.5
+    return Gaps(tokens, latents)

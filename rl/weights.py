@@ -29,11 +29,16 @@ def weight_update(policy: Any, version: int, *, trainable_only: bool = False) ->
     With `trainable_only` parameters that training never touches (a frozen tower) are left out.
     """
     if hasattr(policy, "merge_adapter"):
+        # Unmerging subtracts what merging added, which rounding does not undo: put the base back.
+        base = {n: _copy(p) for n, p in policy.named_parameters() if ".base_layer." in n}
         policy.merge_adapter()
         try:
             state = _merged_state(policy)
         finally:
             policy.unmerge_adapter()
+            with torch.no_grad():
+                for name, value in base.items():
+                    policy.get_parameter(name).copy_(value)
     else:
         skip = {n for n, p in policy.named_parameters() if trainable_only and not p.requires_grad}
         state = {n: _copy(v) for n, v in policy.state_dict().items() if n not in skip}

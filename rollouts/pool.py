@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from rl.data.media import MediaProcessor
-from rl.errors import RolloutError, SyncError
+from rl.errors import RolloutError, SyncError, VideoError
 from rl.interfaces import Media, WeightUpdate
 from rl.trajectory import MediaKey, RolloutRequest, TrajectoryGroup
 from rollouts.worker import EngineSpec, RolloutWorker, fetch
@@ -39,16 +39,13 @@ class RayMedia:
         evenly.
         """
         wanted = dict.fromkeys(keys)
-        missing = [key for key in wanted if key not in self._refs]
-        share = -(-len(missing) // len(self._workers)) if missing else 1
-        for start in range(0, len(missing), share):
-            part = missing[start : start + share]
-            worker = self._workers[self._next % len(self._workers)]
-            self._next += 1
-            made = worker.process.options(num_returns=len(part)).remote(part)
-            self._refs.update(zip(part, made if len(part) > 1 else [made], strict=True))
         found = {}
         for key in wanted:
+            if key not in self._refs:
+                # One task a clip: a broken one must not take others with it.
+                worker = self._workers[self._next % len(self._workers)]
+                self._next += 1
+                self._refs[key] = worker.process.remote(key)
             self._refs.move_to_end(key)
             found[key] = self._refs[key]
         while len(self._refs) > max(self._capacity, len(wanted)):
@@ -57,6 +54,11 @@ class RayMedia:
 
     def get(self, key: MediaKey) -> Media:
         return fetch(self.refs([key])[key])
+
+    def forget(self, keys: Iterable[MediaKey]) -> None:
+        """Process these clips anew when they are asked for again."""
+        for key in keys:
+            self._refs.pop(key, None)
 
 
 class RolloutPool:
@@ -87,15 +89,20 @@ class RolloutPool:
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             _start_ray(address, max(os.cpu_count() or 1, round(workers * cpus_per_worker)))
-        _check_resources(workers, cpus_per_worker, gpus_per_worker)
-        actor = ray.remote(RolloutWorker).options(
-            num_cpus=cpus_per_worker, num_gpus=gpus_per_worker
-        )
-        self._workers: list[Any] = [actor.remote(spec) for _ in range(workers)]
-        self._timeout = timeout
-        self._processor = processor
-        self.media = RayMedia(self._workers, media_capacity)
-        self._gather([w.health.remote() for w in self._workers], "start")
+        self._workers: list[Any] = []
+        try:
+            _check_resources(workers, cpus_per_worker, gpus_per_worker)
+            actor = ray.remote(RolloutWorker).options(
+                num_cpus=cpus_per_worker, num_gpus=gpus_per_worker
+            )
+            self._workers += [actor.remote(spec) for _ in range(workers)]
+            self._timeout = timeout
+            self._processor = processor
+            self.media = RayMedia(self._workers, media_capacity)
+            self._gather([w.health.remote() for w in self._workers], "start")
+        except BaseException:
+            self.close()
+            raise
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[TrajectoryGroup]:
         """Sample every request; groups come back in the order of the requests."""
@@ -105,7 +112,11 @@ class RolloutPool:
         for worker, part in zip(self._workers, _split(requests, len(self._workers)), strict=True):
             mine = {key: refs[key] for key in keys[part]}
             calls.append(worker.generate.remote(requests[part], mine))
-        return [group for groups in self._gather(calls, "sample") for group in groups]
+        try:
+            return [group for groups in self._gather(calls, "sample") for group in groups]
+        except VideoError:
+            self.media.forget(keys)  # a file that is mended can be read again
+            raise
 
     def update_weights(self, update: WeightUpdate) -> int:
         """Bring every worker to `update.version`; returns it. Raises `SyncError` that names who did

@@ -7,9 +7,10 @@ position, so a trajectory does not depend on what it was batched with.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,17 +84,17 @@ class TransformersEngine:
     def generate(self, requests: Sequence[RolloutRequest]) -> list[TrajectoryGroup]:
         """Sample every request; groups come back in the order of the requests."""
         started = time.perf_counter()
-        clips = [[self._clip(r.sample)] for r in requests]
-        groups: list[TrajectoryGroup] = []
-        first = 0
-        while first < len(requests):
-            last, size = first + 1, len(requests[first].seeds)
-            while last < len(requests) and size + len(requests[last].seeds) <= self.max_batch_size:
-                size, last = size + len(requests[last].seeds), last + 1
-            groups += self._generate_batch(requests[first:last], clips[first:last])
-            first = last
+        members: list[list[Trajectory]] = [[] for _ in requests]
+        for batch in _batches(requests, self.max_batch_size):
+            parts = [dataclasses.replace(requests[i], seeds=seeds) for i, seeds in batch]
+            sampled = self._generate_batch(parts, [[self._clip(r.sample)] for r in parts])
+            for (i, _), trajectories in zip(batch, sampled, strict=True):
+                members[i] += trajectories
         self._busy += time.perf_counter() - started
-        return groups
+        return [
+            TrajectoryGroup(request.sample, tuple(group))
+            for request, group in zip(requests, members, strict=True)
+        ]
 
     def _clip(self, sample: Sample) -> Media:
         try:
@@ -136,7 +137,7 @@ class TransformersEngine:
     @torch.no_grad()
     def _generate_batch(
         self, requests: Sequence[RolloutRequest], clips: Sequence[Sequence[Media]]
-    ) -> list[TrajectoryGroup]:
+    ) -> list[list[Trajectory]]:
         prompts = [
             self.processor.encode(r.sample, c).input_ids
             for r, c in zip(requests, clips, strict=True)
@@ -177,7 +178,7 @@ class TransformersEngine:
                 use_cache=True,
             ).last_hidden_state[:, -1]
             next_position = next_position + 1
-        return self._groups(requests, rows, prompts)
+        return self._trajectories(requests, rows, prompts)
 
     def _prompt_batch(
         self, prompts: Sequence[np.ndarray], clips: Sequence[Sequence[Media]]
@@ -284,12 +285,12 @@ class TransformersEngine:
         density = log_density(latents, mean, protocol.noise_scale, protocol.density)
         return latents, torch.where(noisy, density, 0.0).tolist()
 
-    def _groups(
+    def _trajectories(
         self,
         requests: Sequence[RolloutRequest],
         rows: Sequence[_Row],
         prompts: Sequence[np.ndarray],
-    ) -> list[TrajectoryGroup]:
+    ) -> list[list[Trajectory]]:
         members: list[list[Trajectory]] = [[] for _ in requests]
         for row in rows:
             request = requests[row.request]
@@ -297,10 +298,7 @@ class TransformersEngine:
             self._counts["trajectories"] += 1
             self._counts["tokens"] += len(row.ids)
             self._counts["latents"] += len(row.latents)
-        return [
-            TrajectoryGroup(request.sample, tuple(group))
-            for request, group in zip(requests, members, strict=True)
-        ]
+        return members
 
     def _trajectory(self, request: RolloutRequest, row: _Row, prompt: np.ndarray) -> Trajectory:
         policy = self.policy
@@ -331,6 +329,27 @@ class TransformersEngine:
             seed=row.seed,
             text=self.processor.tokenizer.decode(text, skip_special_tokens=False),
         )
+
+
+def _batches(
+    requests: Sequence[RolloutRequest], size: int
+) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
+    """Batches of at most `size` trajectories, as pairs of a request's place and some of its seeds.
+
+    A group stays together where it fits, so that its prompt is computed once.
+    """
+    batch: list[tuple[int, tuple[int, ...]]] = []
+    room = size
+    for i, request in enumerate(requests):
+        for start in range(0, len(request.seeds), size):
+            seeds = request.seeds[start : start + size]
+            if len(seeds) > room:
+                yield batch
+                batch, room = [], size
+            batch.append((i, seeds))
+            room -= len(seeds)
+    if batch:
+        yield batch
 
 
 def _draw(logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -72,10 +72,9 @@ class RolloutWorker:
             device=spec.device,
         )
 
-    def process(self, keys: Sequence[MediaKey]) -> Any:
-        """Decode and process clips: one result a key (alone if there is one, as Ray wants it)."""
-        clips = [self._processor.process(key) for key in keys]
-        return clips[0] if len(clips) == 1 else clips
+    def process(self, key: MediaKey) -> Media:
+        """Decode and process one clip."""
+        return self._processor.process(key)
 
     def generate(
         self, requests: Sequence[RolloutRequest], refs: Mapping[MediaKey, ray.ObjectRef]

@@ -35,6 +35,7 @@ from rl.checkpoints import write_json
 from rl.data.manifest import read_manifest
 from rl.data.media import MediaProcessor
 from rl.errors import RecipeError
+from rl.export import whole_folder
 from rl.policy.heads import HeadConfig
 from rl.policy.model import make_policy
 from rl.policy.protocol import LatentProtocol
@@ -44,7 +45,12 @@ LATENTS = 1 + FUTURE  # the last observed state, then each future one
 PROTOCOL = LatentProtocol(min_length=LATENTS, max_length=LATENTS, max_spans=1)
 LOOKED_UP = 128  # test clips whose latents are looked up
 MODES = {"free": "left free", "always": "forced", "never": "forbidden"}
-STAGES = ("sft_imagine", "sft_mix", "la_dapo")
+# The recipes beside this file, in their order.
+STAGES = {
+    "sft_imagine": "SFT: it learns to imagine the future",
+    "sft_mix": "SFT: it learns to answer with and without imagining",
+    "la_dapo": "LA-DAPO: it learns when to imagine, from right and wrong alone",
+}
 
 
 @dataclass(frozen=True)
@@ -82,20 +88,9 @@ def run_quickstart(
     with _part(console, 1, "a world of videos"):
         _write_videos(folders, seed, console)
     with _part(console, 2, "a tiny Qwen3-VL learns to see"):
-        seeing = _perceive(folders, seed)
+        _perceive(folders, seed)
     results: dict[str, RunResult] = {}
-    for number, (stage, title) in enumerate(
-        zip(
-            STAGES,
-            (
-                "SFT: it learns to imagine the future",
-                "SFT: it learns to answer with and without imagining",
-                "LA-DAPO: it learns when to imagine, from right and wrong alone",
-            ),
-            strict=True,
-        ),
-        start=3,
-    ):
+    for number, (stage, title) in enumerate(STAGES.items(), start=3):
         with _part(console, number, title):
             results[stage] = run_recipe(_recipe(folders, stage, seed), console)
 
@@ -124,17 +119,16 @@ def run_quickstart(
     console.print()
     console.print(results_table(before, after))
     console.print(
-        f"Of the latents it is forced to imagine of {LOOKED_UP} test clips, {true['sft_mix']:.1%} "
-        "are nearest to the "
-        f"true state after SFT, {true['la_dapo']:.1%} after RL."
+        f"Of the latents of {LOOKED_UP} test clips, {true['sft_mix']:.1%} are nearest to the true "
+        f"state after SFT, {true['la_dapo']:.1%} after RL (imagining forced)."
     )
-    console.print(f"{summary['seconds']:.0f} s in all. Learning curves: {curves}")
+    console.print(f"{summary['seconds']:.0f} s. Learning curves: {curves}")
     console.print(f"What it imagined of one clip: {vision}")
     console.print(f"The trained policy is in {policy}. To load it:")
     console.print(
         f'    from rl import load_policy; policy = load_policy("{policy}")', soft_wrap=True
     )
-    return summary | {"perception": seeing}
+    return summary
 
 
 def results_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
@@ -194,32 +188,31 @@ def _write_videos(folders: Folders, seed: int, console: Console) -> None:
             )
 
 
-def _perceive(folders: Folders, seed: int) -> list[dict[str, Any]]:
+def _perceive(folders: Folders, seed: int) -> None:
     plain = folders.root / "plain"
-    if not (plain / "config.json").is_file():
-        make_checkpoint(plain, seed)
+    if not plain.is_dir():
+        with whole_folder(plain) as draft:
+            make_checkpoint(draft, seed)
     processor = AutoProcessor.from_pretrained(plain)
     policy = make_policy(plain, processor, PROTOCOL, HeadConfig("linear"))
     samples = read_manifest(folders.world / "train.jsonl")
-    return pretrain(
-        policy, MediaProcessor(processor), samples, folders.perception, Perception(seed=seed)
-    )
+    pretrain(policy, MediaProcessor(processor), samples, folders.perception, Perception(seed=seed))
 
 
 def _recipe(folders: Folders, stage: str, seed: int) -> Any:
     """The stage's recipe, with the paths of this quickstart."""
     path = Path(__file__).with_name(f"{stage}.yaml")
-    start = folders.perception if stage == STAGES[0] else folders.stage(_before(stage)) / "policy"
+    first, *_ = stages = list(STAGES)
+    if stage == first:
+        start = folders.perception
+    else:
+        start = folders.stage(stages[stages.index(stage) - 1]) / "policy"
     changes = {"seed": seed, "output": folders.stage(stage), "policy.path": start}
     changes["data.train"] = folders.world / ("rl.jsonl" if stage == "la_dapo" else "train.jsonl")
     changes["data.validation"] = folders.world / "validation.jsonl"
-    if stage != STAGES[0]:
+    if stage != first:
         changes["evaluation.manifest"] = folders.world / "test.jsonl"
     return load_recipe(path, [f"{key}={json.dumps(v, default=str)}" for key, v in changes.items()])
-
-
-def _before(stage: str) -> str:
-    return STAGES[STAGES.index(stage) - 1]
 
 
 def _history(folders: Folders) -> Iterator[dict[str, Any]]:

@@ -4,8 +4,8 @@ future frames.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -115,10 +115,13 @@ class LatentSFTTrainer(Trainer):
     Latents are teacher-forced: the pooled features of the frames in `Sample.imagine`, computed once
     before training with the tower as it then is, are both fed and aimed at. `targets` from an
     earlier stage with the same tower and samples spare that. Clips of the prompts come from
-    `source`, by default a cache of `args.media_cache` clips. Logs `loss_text` (cross-entropy),
-    `loss_latent` (before its weight) and `imagined` (share of rows with spans) beside `loss`. Each
-    checkpoint is a policy that `load_policy` reads. Raises `DataError` for rows whose spans the
-    protocol does not allow.
+    `source`, by default a cache of `args.media_cache` clips. An update's loss is the mean over all
+    decided positions of its rows plus λ times the mean over all their latents, however the rows
+    are cut into micro-batches. Logs `loss_text` (cross-entropy), `loss_latent` (before its weight)
+    and `imagined` (share of rows with spans) beside `loss`, as means over the updates since the
+    last log; updates without latents do not count in `loss_latent`. Each checkpoint is a
+    policy that `load_policy` reads. Raises `DataError` for rows whose spans the protocol does not
+    allow.
     """
 
     args: LatentSFTConfig
@@ -154,7 +157,9 @@ class LatentSFTTrainer(Trainer):
         self._answers = [self._answer(s, args.answer_template) for s in self.samples]
         self._eos = _end_of_sequence(self.policy, media.tokenizer)
         self._prompts: dict[int, tuple[np.ndarray, MediaKey]] = {}
-        self._sums: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._completions: dict[tuple[int, bool], tuple[np.ndarray, int]] = {}
+        self._sums: dict[str, torch.Tensor | float] = defaultdict(float)
+        self._updates: Counter[str] = Counter()  # since the last log, for each entry of `_sums`
         if args.freeze_vision:
             vision_tower(self.policy).requires_grad_(False)
         rows: Any = [{"index": i} for i in range(len(self.samples))]
@@ -167,9 +172,9 @@ class LatentSFTTrainer(Trainer):
             callbacks=[CompleteCheckpoints(), *callbacks],
             **kwargs,
         )
-        # The loss is a mean over the micro-batch; transformers must divide it by the accumulation
-        # steps.
-        self.model_accepts_loss_kwargs = False
+        # `compute_loss` divides by the totals of the update; transformers must not divide again by
+        # the accumulation steps.
+        self.model_accepts_loss_kwargs = True
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the targets if need be, then train as `transformers.Trainer` does."""
@@ -198,23 +203,32 @@ class LatentSFTTrainer(Trainer):
     def _teach(self, index: int) -> Trajectory:
         """The taught trajectory of one sample: a function of the seed, the epoch and the sample."""
         assert self.targets is not None
-        epoch = int(self.state.epoch or 0)
-        draw = np.random.default_rng((self.args.seed, epoch, index)).random()
-        imagines = bool(draw < self._shares[index])
+        imagines = self._imagines(index)
         prompt, key = self._prompt(index)
         return taught_trajectory(
             self.samples[index],
             prompt,
             key,
-            completion_ids(
-                self._lengths[index] if imagines else (),
-                self._answers[index],
-                self.policy.latent_tokens,
-                self._eos,
-            ),
+            self._completion(index, imagines)[0],
             self.targets.of(index) if imagines else self.targets.features[:0],
             self.policy,
         )
+
+    def _imagines(self, index: int) -> bool:
+        """Whether a sample is taught with its spans in this epoch; False if it has none."""
+        epoch = int(self.state.epoch or 0)
+        draw = np.random.default_rng((self.args.seed, epoch, index)).random()
+        return bool(self._lengths[index]) and bool(draw < self._shares[index])
+
+    def _completion(self, index: int, imagines: bool) -> tuple[np.ndarray, int]:
+        """The ids of a sample's completion, int64 [C], and how many of them were decided."""
+        if (index, imagines) not in self._completions:
+            tokens = self.policy.latent_tokens
+            lengths = self._lengths[index] if imagines else ()
+            ids = completion_ids(lengths, self._answers[index], tokens, self._eos)
+            slots = self.policy.protocol.trace(ids, tokens).slots
+            self._completions[index, imagines] = ids, int((slots != Slot.FORCED).sum())
+        return self._completions[index, imagines]
 
     def _prompt(self, index: int) -> tuple[np.ndarray, MediaKey]:
         if index not in self._prompts:
@@ -229,6 +243,28 @@ class LatentSFTTrainer(Trainer):
 
     # -- the loss ----------------------------------------------------------------------------------
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """The micro-batches of one update and, over the rows of all of them on all ranks, how many
+        positions were decided and how many latents there are: int64 [2], on the CPU.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = [(i, self._imagines(i)) for batch in batches for i in batch["index"].tolist()]
+        totals = torch.tensor(
+            [
+                sum(self._completion(*row)[1] for row in rows),
+                sum(sum(self._lengths[i]) for i, imagines in rows if imagines),
+                sum(imagines for _, imagines in rows),
+                len(rows),
+            ]
+        )
+        totals = self._over_ranks(totals, "sum")
+        _, latents, imagining, count = totals.tolist()
+        self._sums["imagined"] += imagining / count
+        self._updates.update(["loss_text", "imagined"] + ["loss_latent"] * (latents > 0))
+        return batches, totals[:2]
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -236,33 +272,44 @@ class LatentSFTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Mean of -log π over what was decided, plus λ times the alignment of the latents'
-        means.
+        """This micro-batch's share in the mean of -log π over what was decided in the update, plus
+        λ times its share in the mean alignment of the update's latents.
+
+        `num_items_in_batch` holds the totals from `get_batch_samples`. The losses of an update's
+        micro-batches add up to its loss.
         """
         batch: ReplayBatch = inputs
-        assert self.targets is not None
+        assert self.targets is not None and isinstance(num_items_in_batch, torch.Tensor)
+        decided, latents = num_items_in_batch.tolist()
+        ranks = self.accelerator.num_processes  # whose gradients are averaged, not added
         scores = model(**batch.inputs)
-        decided = batch.inputs["slots"].slots != Slot.FORCED
-        text = -scores.logprobs.sum() / decided.sum()
+        text = -scores.logprobs.sum() * (ranks / decided)
         latent = latent_alignment_loss(
             scores.means,
             batch.inputs["latents"],
             variance=self.targets.variance,
             kind=self.args.latent_loss,
-        )
-        imagined = sum(count > 0 for count in batch.latent_counts) / len(batch.latent_counts)
-        self._sums["loss_text"].append(text.detach())
-        self._sums["imagined"].append(torch.tensor(imagined))
-        if imagined:
-            self._sums["loss_latent"].append(latent.detach())
+        ) * (ranks * sum(batch.latent_counts) / max(latents, 1))
+        self._sums["loss_text"] += text.detach()
+        self._sums["loss_latent"] += latent.detach()
         loss = text + self.args.latent_weight * latent
         return (loss, scores) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update({name: float(torch.stack(v).mean()) for name, v in self._sums.items()})
+            for name, updates in self._updates.items():
+                total = self._over_ranks(torch.as_tensor(self._sums[name]), "mean")
+                logs[name] = float(total) / updates
             self._sums.clear()
+            self._updates.clear()
         super().log(logs, start_time)
+
+    def _over_ranks(self, values: torch.Tensor, how: str) -> torch.Tensor:
+        """The "sum" or "mean" of `values` over all ranks, on the CPU."""
+        if self.accelerator.num_processes == 1:
+            return values.cpu()
+        reduced: Any = self.accelerator.reduce(values.to(self.args.device), how)
+        return reduced.cpu()
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # transformers would guess it from inputs that are not tensors yet

@@ -157,10 +157,53 @@ def test_missing_file(tmp_path: Path) -> None:
         ({"beta": 0.1}, "the recipe has a key for this; write train.beta"),
         ({"output_dir": "x"}, "Foresight sets this itself; write output"),
         ({"adam_beta1": "high"}, "train.extra.adam_beta1: must be"),
+        ({"save_strategy": "no"}, "Foresight sets this itself; write train.save_every"),
+        ({"use_cpu": True}, "Foresight sets this itself; it follows from the machine"),
+        ({"bf16": True}, "Foresight sets this itself; it follows from the machine"),
+        ({"reward_weights": [1.0]}, "write rewards with their weights"),
+        ({"save_only_model": True}, "not supported; a run could not be resumed"),
+        ({"load_best_model_at_end": True}, "the policy of the last step is what a run exports"),
+        ({"sync_ref_model": True}, "the reference stays the policy that the run starts from"),
+        ({"generation_kwargs": {}}, "sampled and scored without it"),
+        ({"repetition_penalty": 1.1}, "sampled and scored without it"),
+        ({"entropy_coef": 0.1}, "no entropy term"),
+        ({"use_adaptive_entropy": True}, "no entropy term"),
     ],
 )
 def test_extra_arguments_are_checked(tmp_path: Path, extra: dict[str, object], words: str) -> None:
     assert words in failure(tmp_path, MINIMAL | {"train": {"extra": extra}})
+
+
+def test_extra_arguments_that_only_the_other_stage_has_are_unknown(tmp_path: Path) -> None:
+    sft = MINIMAL | {"stage": "sft", "train": {"extra": {"entropy_coef": 0.1}}}
+    assert "train.extra.entropy_coef: unknown argument" in failure(tmp_path, sft)
+    sft["train"] = {"extra": {"media_cache": 8}}
+    assert "Foresight sets this itself; write data.media_cache" in failure(tmp_path, sft)
+
+
+def test_refused_arguments_are_those_of_a_config() -> None:
+    from recipes.loading import _NOT_OURS, _SET_BY_RUN
+    from rl.la_dapo_config import LADAPOConfig
+    from rl.sft.trainer import LatentSFTConfig
+
+    known = LADAPOConfig.__dataclass_fields__.keys() | LatentSFTConfig.__dataclass_fields__.keys()
+    assert {*_NOT_OURS, *_SET_BY_RUN} <= known
+
+
+def test_media_cache_reaches_the_sft_config(tmp_path: Path) -> None:
+    from recipes.configs import trainer_config
+
+    path = write(tmp_path, MINIMAL | {"stage": "sft"})
+    assert trainer_config(load_recipe(path)).media_cache == 512
+    assert trainer_config(load_recipe(path, ["data.media_cache=7"])).media_cache == 7
+
+
+def test_one_checkpoint_is_too_few(tmp_path: Path) -> None:
+    message = failure(tmp_path, MINIMAL, ["train.keep_checkpoints=1"])
+    assert "train.keep_checkpoints: must be greater than or equal to 2, got 1" in message
+    path = write(tmp_path, MINIMAL)
+    assert load_recipe(path).train.keep_checkpoints == 2
+    assert load_recipe(path, ["train.keep_checkpoints=null"]).train.keep_checkpoints is None
 
 
 def test_dump_reads_back_the_same(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from rich.console import Console
 
 from recipes.evaluate_command import evaluate_policy
 from recipes.loading import load_recipe
-from recipes.run import RunResult, run_recipe
+from recipes.run import RunResult, _last_checkpoint, run_recipe
 from recipes.run_folder import RunFolder
 from rl.checkpoints import STATE_FILE
+from rl.errors import CheckpointError
 from rl.policy.model import load_policy
 from tests.recipes.worlds import write_recipe
 
@@ -85,6 +86,48 @@ def test_finished_run_returns_at_once(sft: Path) -> None:
     assert "run is finished" in said
     assert (result.steps, result.resumed_from) == (3, None)
     assert result.evaluation is not None
+
+
+def test_finished_run_is_evaluated_again_when_the_recipe_asks_for_other_figures(sft: Path) -> None:
+    before = load_recipe(sft)
+    policy = sft.parent / "run" / "policy" / "model.safetensors"
+    written = policy.stat().st_mtime_ns
+
+    def figures(*overrides: str) -> tuple[dict[str, Any] | None, str]:
+        console = Console(width=200, record=True, file=io.StringIO())
+        result = run_recipe(load_recipe(sft, overrides), console)
+        return result.evaluation, console.export_text()
+
+    old, said = figures()
+    assert old is not None and "evaluating again" not in said
+    none, said = figures("evaluation=null")
+    assert none is None and "evaluating again" not in said
+    changed = ("evaluation.modes=[never]", "evaluation.limit=2", "evaluation.by=null")
+    new, said = figures(*changed)
+    assert "run is finished" in said and "evaluation has changed since: evaluating again" in said
+    assert new is not None and list(new["modes"]) == ["never"]
+    assert new["modes"]["never"]["answers"] == 2
+    stored = json.loads((sft.parent / "run" / "result.json").read_text())
+    assert stored["evaluation"] == new and stored["evaluation_section"]["limit"] == 2
+    same, said = figures(*changed)
+    assert same == new and "evaluating again" not in said
+    again, _ = figures()
+    assert again == old and load_recipe(sft) == before
+    assert policy.stat().st_mtime_ns == written  # nothing was trained or exported
+
+
+def test_only_the_last_step_is_exported(sft: Path, tmp_path: Path) -> None:
+    run_folder, recipe = RunFolder(tmp_path), load_recipe(sft)
+    with pytest.raises(CheckpointError, match="of step 3, the last one: there is none"):
+        _last_checkpoint(recipe, run_folder)
+    for step in (2, 3):
+        checkpoint = run_folder.checkpoints / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / STATE_FILE).write_text(json.dumps({"step": step}))
+        if step == 2:
+            with pytest.raises(CheckpointError, match="the newest is of step 2"):
+                _last_checkpoint(recipe, run_folder)
+    assert _last_checkpoint(recipe, run_folder).name == "checkpoint-3"
 
 
 def test_run_killed_after_training_only_finishes(sft: Path) -> None:

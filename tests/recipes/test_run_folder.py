@@ -51,7 +51,12 @@ def test_claim_allows_what_changes_no_result(tmp_path: Path) -> None:
     run.claim(
         recipe(
             tmp_path,
-            {"rollouts.workers": 3, "rollouts.ray": {"address": "x"}, "train.save_every": 9}
+            {
+                "rollouts.workers": 3,
+                "rollouts.ray": {"address": "x"},
+                "train.save_every": 9,
+                "data.media_cache": 8,
+            }
             | {"name": "new", "evaluation": {"manifest": "e.jsonl"}},
         )
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -206,3 +207,39 @@ def test_sources_that_cannot_be_used(
     with pytest.raises(CheckpointError, match="not written to its end"):
         export_policy(broken, target)
     assert not target.exists()
+
+
+def folder_with(path: Path, text: str) -> Path:
+    path.mkdir()
+    (path / "file").write_text(text)
+    return path
+
+
+def gone_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_leftovers_of_killed_processes_are_cleared_away(tmp_path: Path) -> None:
+    gone = gone_process()
+    for name in (f".out.part-{gone}", f".out.old-{gone}", f".out.part-{os.getpid()}"):
+        folder_with(tmp_path / name, "left over")
+    kept = {f".out.part-{os.getppid()}", f".other.part-{gone}", f".out.part-{gone}x", ".out"}
+    for name in kept:
+        folder_with(tmp_path / name, "not ours to delete")
+    folder_with(tmp_path / "out", "old")
+    with whole_folder(tmp_path / "out", overwrite=True) as draft:
+        (draft / "file").write_text("new")
+    assert {p.name for p in tmp_path.iterdir()} == kept | {"out"}
+    assert (tmp_path / "out" / "file").read_text() == "new"
+
+
+def test_folder_moved_away_by_a_killed_process_is_put_back(tmp_path: Path) -> None:
+    gone = gone_process()
+    folder_with(tmp_path / f".out.old-{gone}", "old")
+    folder_with(tmp_path / f".out.part-{gone}", "half")
+    with pytest.raises(CheckpointError, match="is not empty"), whole_folder(tmp_path / "out"):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "file").read_text() == "old"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rl.errors import ObjectiveError
-from rl.objective import fill_missing, has_contrast, judge_group, latent_surrogate, reduce_width
+from rl.objective import fill_missing, judge_group, latent_surrogate, reduce_width
 
 NAN = math.nan
 
@@ -61,12 +61,6 @@ def test_latent_surrogate_by_hand():
 def test_groups_are_judged_by_valid_outcomes(outcome, low, high, reason):
     verdict = judge_group(outcome, low, high)
     assert (verdict.keep, verdict.reason) == (reason == "kept", reason)
-
-
-def test_contrast():
-    assert has_contrast([1.0, NAN, 0.0])
-    assert not has_contrast([1.0, 1.0, NAN])
-    assert not has_contrast([NAN, NAN])
 
 
 def test_missing_values_move_nobody():

@@ -76,6 +76,16 @@ def test_a_trajectory_does_not_depend_on_its_batch(build, family, samples, tmp_p
         assert_same(ours, theirs, atol=5e-5)
 
 
+def test_a_large_group_is_cut(build, samples, tmp_path):
+    policy, processor = thinking_policy(tmp_path / "p")
+    request = RolloutRequest(samples[0], tuple(range(11)), Sampling(1.0, 6))
+    whole = build(policy, processor).generate([request])[0].trajectories
+    cut = build(policy, processor, max_batch_size=4).generate([request])[0].trajectories
+    assert [t.seed for t in cut] == list(range(11))
+    for ours, theirs in zip(cut, whole, strict=True):
+        assert_same(ours, theirs)
+
+
 def test_seeds_decide(build, samples, tmp_path):
     engine = build(*thinking_policy(tmp_path / "p"))
     first, again = (flat(engine.generate(requests_for(samples, 3))) for _ in range(2))

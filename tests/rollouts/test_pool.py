@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,20 @@ def test_a_broken_clip_is_an_error_of_its_own_kind(pool, world):
     with pytest.raises(VideoError, match=r"'row-3'.*noise\.mp4"):
         pool.generate(requests_for([samples[0], broken]))
     assert len(pool.generate(requests_for(samples[:2]))) == 2  # and the pool goes on
+
+
+def test_a_broken_clip_takes_no_others_with_it(world):
+    folder, _, processor, samples = world
+    path = folder / "late.mp4"
+    path.write_bytes(b"\x00" * 64)
+    broken = dataclasses.replace(samples[1], id="row-7", video=str(path))
+    spec = EngineSpec(str(folder / "policy"))
+    with RolloutPool(spec, MediaProcessor(processor), 1, cpus_per_worker=0) as pool:
+        with pytest.raises(VideoError, match=r"'row-7'.*late\.mp4"):
+            pool.generate(requests_for([samples[0], broken, samples[2]]))
+        assert len(pool.generate(requests_for([samples[0], samples[2]]))) == 2
+        path.write_bytes(Path(samples[1].video).read_bytes())  # mended
+        assert len(pool.generate(requests_for([broken]))) == 1
 
 
 def test_more_workers_than_requests(pool, world):

@@ -127,11 +127,71 @@ def test_gradient_checkpointing_changes_nothing(build: Callable[..., LatentSFTTr
         )
 
 
-def test_accumulated_micro_batches_weigh_alike(build: Callable[..., LatentSFTTrainer]) -> None:
-    trainer = build(max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=4)
-    trainer.train()
-    row = trainer.state.log_history[0]
-    assert row["loss"] == pytest.approx(row["loss_text"] + row["loss_latent"], rel=1e-4)
+@pytest.mark.parametrize("imagining", [(3,), (0, 1), (0, 1, 2, 3)])
+def test_the_cut_into_micro_batches_changes_nothing(
+    imagining: tuple[int, ...], build: Callable[..., LatentSFTTrainer], samples: list[Sample]
+) -> None:
+    # Answers of unlike length, so that the mean of the micro-batches' means is another number.
+    rows = [
+        replace(s, answer=s.answer * (1 + 4 * i), imagine=s.imagine if i in imagining else ())
+        for i, s in enumerate(samples)
+    ]
+    logs, heads = [], []
+    for micro in (4, 2, 1):
+        trainer = build(
+            rows,
+            max_steps=1,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=4 // micro,
+            max_grad_norm=1e9,
+            optim="sgd",
+            learning_rate=1.0,
+        )
+        before = state(trainer)["latent_head.weight"]
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+        heads.append(before - state(trainer)["latent_head.weight"])  # its gradient
+    assert heads[0].norm() > 0.1
+    for log, head in zip(logs[1:], heads[1:], strict=True):
+        torch.testing.assert_close(head, heads[0], rtol=1e-3, atol=1e-5)
+        assert float(head.norm()) == pytest.approx(float(heads[0].norm()), rel=1e-4)
+        for key in ("loss", "grad_norm", "loss_text", "loss_latent"):
+            assert log[key] == pytest.approx(logs[0][key], rel=1e-4), key
+        assert log["imagined"] == logs[0]["imagined"] == len(imagining) / 4
+    assert logs[0]["loss"] == pytest.approx(logs[0]["loss_text"] + logs[0]["loss_latent"], rel=1e-4)
+
+
+def test_the_last_shorter_window_is_a_mean_too(
+    build: Callable[..., LatentSFTTrainer], samples: list[Sample]
+) -> None:
+    # Three rows: an update of two and one of one, in the same order whatever the cut.
+    cut = [
+        build(
+            samples[:3],
+            max_steps=-1,
+            num_train_epochs=1,
+            learning_rate=0.0,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=2 // micro,
+        )
+        for micro in (2, 1)
+    ]
+    for trainer in cut:
+        trainer.train()
+    for key in ("loss", "grad_norm", "loss_text", "loss_latent"):
+        assert len(curve(cut[0], key)) == 2
+        assert curve(cut[1], key) == pytest.approx(curve(cut[0], key), rel=1e-4), key
+
+
+def test_logs_are_means_over_updates(build: Callable[..., LatentSFTTrainer]) -> None:
+    args: dict[str, Any] = {"max_steps": 4, "gradient_accumulation_steps": 2, "imagine_share": 0.3}
+    each, all_four = build(**args), build(**args, logging_steps=4)
+    each.train()
+    all_four.train()
+    for key in ("loss", "loss_text", "loss_latent", "imagined"):
+        values = curve(each, key)
+        assert curve(all_four, key) == [pytest.approx(sum(values) / len(values), rel=1e-4)], key
+    assert len(set(curve(each, "imagined"))) > 1
 
 
 def test_bfloat16_autocast(build: Callable[..., LatentSFTTrainer]) -> None:
