@@ -67,6 +67,7 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> RunResult:
     found = run.resumption()
     for name in found.incomplete:
         console.print(f"ignoring {name}: it was not written to its end")
+        run.set_aside(name)
     if found.checkpoint is not None:
         console.print(
             f"resuming from step {found.step} of {recipe.train.max_steps}, {found.checkpoint}"

@@ -11,6 +11,7 @@ result.json         written last: the run is finished
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,12 @@ class RunFolder:
             draft.write_text("".join(line + "\n" for line in kept))
             draft.replace(self.metrics)
         return Resumption(newest, step, tuple(p.name for p in later))
+
+    def set_aside(self, checkpoint: str) -> None:
+        """Rename an incomplete checkpoint, so that the limit on checkpoints does not count it."""
+        aside = self.checkpoints / f"incomplete-{checkpoint}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.checkpoints / checkpoint).rename(aside)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Append one line to the metrics."""

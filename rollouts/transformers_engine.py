@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from rl.data.media import MediaProcessor
-from rl.errors import RolloutError, VideoError
+from rl.errors import DataError, RolloutError, VideoError
 from rl.interfaces import Media, MediaSource, WeightUpdate
 from rl.policy.density import log_density, sample_latents
 from rl.policy.noise import Stream, uniform
@@ -142,6 +142,8 @@ class TransformersEngine:
             self.processor.encode(r.sample, c).input_ids
             for r, c in zip(requests, clips, strict=True)
         ]
+        for request, prompt in zip(requests, prompts, strict=True):
+            self._check_prompt(request.sample, prompt)
         rows = [_Row(i, seed, r.sampling) for i, r in enumerate(requests) for seed in r.seeds]
         inputs = self._prompt_batch(prompts, clips)
         positions, next_position = self.policy.position_ids(inputs)
@@ -179,6 +181,15 @@ class TransformersEngine:
             ).last_hidden_state[:, -1]
             next_position = next_position + 1
         return self._trajectories(requests, rows, prompts)
+
+    def _check_prompt(self, sample: Sample, prompt: np.ndarray) -> None:
+        tokens = self.policy.latent_tokens
+        if np.isin(prompt, (tokens.start, tokens.end, tokens.filler)).any():
+            raise DataError(
+                f"sample {sample.id!r}: its prompt contains a latent token "
+                f"({', '.join(self.policy.protocol.tokens)}), which only answers may; remove it "
+                "from the question"
+            )
 
     def _prompt_batch(
         self, prompts: Sequence[np.ndarray], clips: Sequence[Sequence[Media]]

@@ -205,9 +205,9 @@ def make_policy(
     """Load a video model and make it a latent policy.
 
     The protocol's tokens are added to `processor`'s tokenizer if it lacks them (save the processor
-    beside the policy), the embeddings grow only if they have no spare rows, and new rows start at
-    the mean of the old ones. `kwargs` go to `from_pretrained`. Raises `PolicyError` for a model
-    without video input.
+    beside the policy), the embeddings grow only if they have no spare rows, and the tokens' rows
+    start at the mean of the old ones. `kwargs` go to `from_pretrained`. Raises `PolicyError` for a
+    model without video input.
     """
     protocol, head = protocol or LatentProtocol(), head or HeadConfig()
     tokenizer: Any = getattr(processor, "tokenizer", processor)

@@ -98,9 +98,7 @@ def test_every_ratio_is_one_at_the_first_update(build):
     trainer.train()
     first = logs(trainer)[0]
     assert first["replay/max_gap"] <= 1e-5
-    assert (
-        first["replay/max_latent_gap"] <= 2e-5
-    )  # in units of the objective, at a noise scale of 0.3
+    assert first["replay/max_latent_gap"] <= 2e-5  # at a noise scale of 0.3
     assert first["latents/ratio"] == pytest.approx(1.0, abs=2e-5)
     assert first["clip_ratio/region_mean"] == 0.0 == first["latents/clip_ratio"]
     assert first["latents/per_completion"] > 0 and first["rollouts/staleness"] == 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from rl.errors import RolloutError, VideoError
+from rl.errors import DataError, RolloutError, VideoError
 from rl.policy.protocol import LatentProtocol, Slot
 from rl.policy.scores import text_logits
 from rl.scoring import collate
@@ -223,6 +223,13 @@ def test_an_unreadable_clip_names_sample_and_file(build, samples, tmp_path):
     broken = dataclasses.replace(samples[0], id="row-9", video=str(tmp_path / "notes.mp4"))
     with pytest.raises(VideoError, match=r"'row-9'.*notes\.mp4"):
         engine.generate(requests_for([broken]))
+
+
+def test_latent_tokens_in_a_question_are_refused(build, samples, tmp_path):
+    engine = build(*thinking_policy(tmp_path / "p"))
+    odd = dataclasses.replace(samples[0], id="row-4", question="what is <|latent|>?")
+    with pytest.raises(DataError, match=r"'row-4'.*remove it"):
+        engine.generate(requests_for([odd]))
 
 
 def test_health_counts(build, samples, tmp_path):
