@@ -40,10 +40,10 @@ from rl.policy.heads import HeadConfig
 from rl.policy.model import make_policy
 from rl.policy.protocol import LatentProtocol
 
-SPLITS = {"train": 2048, "rl": 1024, "validation": 256, "test": 1024}
+SPLITS = {"train": 2048, "rl": 1024, "validation": 256, "held_out": 1024}
 LATENTS = 1 + FUTURE  # the last observed state, then each future one
 PROTOCOL = LatentProtocol(min_length=LATENTS, max_length=LATENTS, max_spans=1)
-LOOKED_UP = 128  # test clips whose latents are looked up
+LOOKED_UP = 128  # held-out clips whose latents are looked up
 MODES = {"free": "left free", "always": "forced", "never": "forbidden"}
 # The recipes beside this file, in their order.
 STAGES = {
@@ -100,7 +100,7 @@ def run_quickstart(
     curves, vision = folders.root / "curves.png", folders.root / "imagination.png"
     with _part(console, 6, "pictures"):
         learning_curves(_history(folders), curves)
-        clips = read_manifest(folders.world / "test.jsonl", limit=LOOKED_UP)
+        clips = read_manifest(folders.world / "held_out.jsonl", limit=LOOKED_UP)
         with console.status("looking latents up"):
             seen = {s: see(results[s].policy, clips) for s in ("sft_mix", "la_dapo")}
         first = seen["la_dapo"][0]
@@ -110,7 +110,7 @@ def run_quickstart(
     summary = {
         "seed": seed,
         "seconds": round(time.perf_counter() - started, 1),
-        "test": {"after_sft": before, "after_rl": after},
+        "held_out": {"after_sft": before, "after_rl": after},
         "latents_true": {"after_sft": true["sft_mix"], "after_rl": true["la_dapo"]},
         "policy": str(policy),
         "pictures": [str(curves), str(vision)],
@@ -119,7 +119,7 @@ def run_quickstart(
     console.print()
     console.print(results_table(before, after))
     console.print(
-        f"Of the latents of {LOOKED_UP} test clips, {true['sft_mix']:.1%} are nearest to the true "
+        f"Of the latents of {LOOKED_UP} held-out clips, {true['sft_mix']:.1%} are nearest to the true "
         f"state after SFT, {true['la_dapo']:.1%} after RL (imagining forced)."
     )
     console.print(f"{summary['seconds']:.0f} s. Learning curves: {curves}")
@@ -132,10 +132,10 @@ def run_quickstart(
 
 
 def results_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
-    """Accuracy on the test clips after SFT and after RL, mode by mode."""
+    """Accuracy on the held-out clips after SFT and after RL, mode by mode."""
     answers = before["modes"]["free"]["answers"]
     table = Table(
-        title=f"{answers} test clips, greedy answers",
+        title=f"{answers} held-out clips, greedy answers",
         title_justify="left",
         box=SIMPLE,
         pad_edge=False,
@@ -211,7 +211,7 @@ def _recipe(folders: Folders, stage: str, seed: int) -> Any:
     changes["data.train"] = folders.world / ("rl.jsonl" if stage == "la_dapo" else "train.jsonl")
     changes["data.validation"] = folders.world / "validation.jsonl"
     if stage != first:
-        changes["evaluation.manifest"] = folders.world / "test.jsonl"
+        changes["evaluation.manifest"] = folders.world / "held_out.jsonl"
     return load_recipe(path, [f"{key}={json.dumps(v, default=str)}" for key, v in changes.items()])
 
 

@@ -39,7 +39,7 @@ PALETTE = np.array(
     [[230, 26, 26], [26, 204, 26], [38, 64, 242]], dtype=np.uint8
 )  # red, green, blue
 MOVES = np.array([[1, -1], [1, 0], [1, 1]])  # (rows, columns) a colour moves the ball
-SPLITS = ("train", "rl", "validation", "test")  # "test" is for the final table only
+SPLITS = ("train", "rl", "validation", "held_out")  # the last is for the final table only
 
 Progress = Callable[[int, int], object]  # called with (clips done, clips in all)
 

@@ -46,7 +46,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_it_learns_when_to_imagine(finished):
     summary = json.loads((finished[0] / "summary.json").read_text())
-    before, after = summary["test"]["after_sft"]["modes"], summary["test"]["after_rl"]["modes"]
+    before, after = (
+        summary["held_out"]["after_sft"]["modes"],
+        summary["held_out"]["after_rl"]["modes"],
+    )
     assert before["free"]["answers"] == after["free"]["judged"] == 1024
     assert after["free"]["accuracy"] - before["free"]["accuracy"] >= 0.15
     assert after["free"]["imagining"] > before["free"]["imagining"] + 0.2

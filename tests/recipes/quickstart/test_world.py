@@ -47,14 +47,14 @@ def test_clips_depend_on_seed_split_and_index_alone():
     )
     others = [
         world.draw_clip(1, "rl", 5),
-        world.draw_clip(0, "test", 5),
+        world.draw_clip(0, "held_out", 5),
         world.draw_clip(0, "rl", 6),
     ]
     assert all((clip.board != other.board).any() for other in others)
 
 
 def test_answers_and_templates_are_balanced():
-    clips = [world.draw_clip(0, "test", index) for index in range(1024)]
+    clips = [world.draw_clip(0, "held_out", index) for index in range(1024)]
     answers = Counter(clip.answer for clip in clips)
     assert sorted(answers) == list("ABCD") and all(200 < count < 312 for count in answers.values())
     assert 440 < sum(clip.template for clip in clips) < 584
