@@ -3,7 +3,7 @@
     python -m benchmarks.quickstart_ablation runs/quickstart
 
 Starts from the SFT policy of a finished quickstart and trains it once a variant, judged on the
-validation clips (the test clips stay unseen). About a minute a variant on two cores.
+validation clips (the held-out clips stay unseen). About a minute a variant on two cores.
 """
 
 from __future__ import annotations

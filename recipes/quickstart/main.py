@@ -119,8 +119,8 @@ def run_quickstart(
     console.print()
     console.print(results_table(before, after))
     console.print(
-        f"Of the latents of {LOOKED_UP} held-out clips, {true['sft_mix']:.1%} are nearest to the true "
-        f"state after SFT, {true['la_dapo']:.1%} after RL (imagining forced)."
+        f"Of the latents of {LOOKED_UP} held-out clips, {true['sft_mix']:.1%} are nearest to the "
+        f"true state after SFT, {true['la_dapo']:.1%} after RL (imagining forced)."
     )
     console.print(f"{summary['seconds']:.0f} s. Learning curves: {curves}")
     console.print(f"What it imagined of one clip: {vision}")
