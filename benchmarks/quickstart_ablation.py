@@ -55,8 +55,8 @@ def main() -> None:
             modes = (run_recipe(recipe, Console(file=io.StringIO())).evaluation or {})["modes"]
         free, always = modes["free"], modes["always"]
         print(
-            f"| {name} | {100 * free['accuracy']:.1f} | {100 * always['accuracy']:.1f} "
-            f"| {free['imagining']:.0%} |",
+            f"| {name} | {100 * free['accuracy']:.1f} | {100 * always['accuracy']:.1f} | "
+            f"{free['imagining']:.0%} |",
             flush=True,
         )
 

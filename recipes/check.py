@@ -54,8 +54,7 @@ def check_recipe(recipe: Recipe) -> Plan:
         key = "train.prompts_per_step" if isinstance(recipe, LADAPORecipe) else "train.batch_size"
         raise RecipeError(
             f"{key} is {needed}, but {recipe.data.train} gives {len(train)} rows to train on; "
-            "lower it to "
-            f"{len(train)} or less, or add rows"
+            f"lower it to {len(train)} or less, or add rows"
         )
     processor = AutoProcessor.from_pretrained(recipe.policy.path)
     media = media_processor(recipe, processor)
@@ -146,8 +145,7 @@ def _head(recipe: Recipe, settings: dict[str, Any] | None) -> HeadConfig:
     if wanted not in (None, own):
         raise PolicyError(
             f"policy.head: {recipe.policy.path} has a head of kind {own.kind!r} and keeps it; "
-            "leave the key out, or "
-            "start from a plain model"
+            "leave the key out, or start from a plain model"
         )
     return own
 
@@ -163,8 +161,7 @@ def _samples(recipe: Recipe) -> tuple[list[Sample], list[Sample], list[Sample]]:
     elif recipe.train.validate_every is not None:
         raise RecipeError(
             "train.validate_every asks for validation, but data.validation names no manifest; add "
-            "one, or leave "
-            "validate_every out"
+            "one, or leave validate_every out"
         )
     held_out: list[Sample] = []
     if evaluation is not None:
@@ -174,8 +171,7 @@ def _samples(recipe: Recipe) -> tuple[list[Sample], list[Sample], list[Sample]]:
         if evaluation.by is not None and not all(evaluation.by in s.extra for s in held_out):
             raise RecipeError(
                 f"evaluation.by is {evaluation.by!r}, which is no column of every row of "
-                f"{evaluation.manifest}; "
-                "leave it out, or name another column"
+                f"{evaluation.manifest}; leave it out, or name another column"
             )
     return train, validation, held_out
 
@@ -195,11 +191,9 @@ def _check_objective(recipe: Recipe, protocol: LatentProtocol) -> None:
         if protocol.noise_scale == 0.0 and (train.latent_alpha > 0.0 or train.latent_beta > 0.0):
             raise ObjectiveError(
                 f"train.latent_alpha is {train.latent_alpha} and train.latent_beta "
-                f"{train.latent_beta}, but the "
-                "policy's noise_scale is 0: latents without noise have no density, and the latent "
-                "term's gradient is "
-                "exactly zero. Set policy.noise_scale above 0 (0.1 is a start), or set both "
-                "weights to 0"
+                f"{train.latent_beta}, but the policy's noise_scale is 0: latents without noise "
+                "have no density, and the latent term's gradient is exactly zero. Set "
+                "policy.noise_scale above 0 (0.1 is a start), or set both weights to 0"
             )
     trainer_config(recipe)
 
@@ -217,8 +211,7 @@ def _check_lessons(
     if recipe.train.start_at_mean and head.kind == "identity":
         raise PolicyError(
             "train.start_at_mean needs a latent head with a bias, but the policy's head is the "
-            "identity; leave it out, "
-            "or choose another policy.head"
+            "identity; leave it out, or choose another policy.head"
         )
     for sample in samples:
         span_lengths(

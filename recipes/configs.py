@@ -52,8 +52,7 @@ def trainer_config(recipe: Recipe) -> Any:
     except (ValueError, TypeError) as error:
         raise RecipeError(
             f"train: the trainer refuses these settings ({' '.join(str(error).split())}); correct "
-            "`train` or "
-            "`train.extra`"
+            "`train` or `train.extra`"
         ) from error
 
 

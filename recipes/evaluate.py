@@ -117,8 +117,7 @@ def evaluate(
     if by is not None and (lacking := [s.id for s in samples if by not in s.extra]):
         raise DataError(
             f"sample {lacking[0]!r} and {len(lacking) - 1} others have no column {by!r} to break "
-            "figures down "
-            "by; add it to the manifest, or leave the breakdown out"
+            "figures down by; add it to the manifest, or leave the breakdown out"
         )
     scores: dict[str, Score] = {}
     parts: dict[str, dict[str, Score]] = {}

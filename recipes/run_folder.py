@@ -54,8 +54,8 @@ class RunFolder:
             if changed:
                 raise RecipeError(
                     f"{self.root} holds a run of another recipe, which differs in "
-                    f"{', '.join(changed[:8])}; to start "
-                    "anew give another `output` or delete the folder, to resume undo the change"
+                    f"{', '.join(changed[:8])}; to start anew give another `output` or delete the "
+                    "folder, to resume undo the change"
                 )
         elif self.checkpoints.exists():
             raise RecipeError(

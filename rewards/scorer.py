@@ -58,8 +58,8 @@ class RewardTerm:
             values = list(self.function(**{**columns, **self.options}))
         except Exception as error:
             raise RewardError(
-                f"reward {self.name!r} raised {type(error).__name__}: {error}. "
-                "Try it on stored completions, or take it out of the recipe's `rewards`"
+                f"reward {self.name!r} raised {type(error).__name__}: {error}. Try it on stored "
+                "completions, or take it out of the recipe's `rewards`"
             ) from error
         if len(values) != expected:
             raise RewardError(
@@ -77,8 +77,8 @@ class RewardTerm:
         )
         if math.isinf(number):
             raise RewardError(
-                f"reward {self.name!r} returned {value!r} for sample {columns['id'][place]!r}; "
-                "it must return finite numbers, or None for no value"
+                f"reward {self.name!r} returned {value!r} for sample {columns['id'][place]!r}; it "
+                "must return finite numbers, or None for no value"
             )
         return number
 
@@ -113,8 +113,8 @@ class RewardSet:
             value for value in values if value not in (0.0, 1.0) and not math.isnan(value)
         ]:
             raise RewardError(
-                f"reward {self.outcome.name!r} decides the outcome but returned {graded[0]}; "
-                "an outcome is 1, 0 or None"
+                f"reward {self.outcome.name!r} decides the outcome but returned {graded[0]}; an "
+                "outcome is 1, 0 or None"
             )
         return _split(values, groups)
 
@@ -131,8 +131,8 @@ class RewardSet:
 
         if [len(g) for g in groups] != [len(o) for o in outcomes]:
             raise RewardError(
-                f"outcomes for groups of {[len(o) for o in outcomes]} trajectories, "
-                f"but the groups have {[len(g) for g in groups]}"
+                f"outcomes for groups of {[len(o) for o in outcomes]} trajectories, but the groups "
+                f"have {[len(g) for g in groups]}"
             )
         flat = [value for row in outcomes for value in row]
         columns = _columns(groups) | {"outcomes": flat}

@@ -83,8 +83,8 @@ def find_policy(source: str | Path) -> tuple[Path, Path | None]:
     if newest is None:
         raise CheckpointError(
             f"{source}: neither a policy (config.json), nor a checkpoint, nor a run with a "
-            "finished policy or a whole "
-            "checkpoint; check the path, or let the run reach its first checkpoint"
+            "finished policy or a whole checkpoint; check the path, or let the run reach its first "
+            "checkpoint"
         )
     return find_policy(newest)
 
@@ -170,8 +170,8 @@ def verify(policy: Any, folder: str | Path) -> None:
     if changed or len(ours) != len(theirs):
         raise CheckpointError(
             f"{folder}: {len(changed)} parameters changed between saving and loading, such as "
-            f"{changed[:3]}; nothing "
-            "was exported. Check the disk, and that transformers is the version in pyproject.toml"
+            f"{changed[:3]}; nothing was exported. Check the disk, and that transformers is the "
+            "version in pyproject.toml"
         )
     ids, latents = _probe(policy, folder)
     gap = max(
@@ -183,8 +183,8 @@ def verify(policy: Any, folder: str | Path) -> None:
     if not gap <= _TOLERANCE:
         raise CheckpointError(
             f"{folder}: the reloaded policy's outputs differ by {gap:.2g} (at most {_TOLERANCE} is "
-            "allowed); nothing "
-            "was exported. Check that transformers is the version in pyproject.toml"
+            "allowed); nothing was exported. Check that transformers is the version in "
+            "pyproject.toml"
         )
 
 
@@ -235,8 +235,8 @@ def _load(folder: Path, base: Path | None) -> Any:
         if not is_policy(folder):
             raise PolicyError(
                 f"{folder} holds a plain model, no latent policy: its config.json has no "
-                f"{CONFIG_KEY!r} entry. Make a "
-                "policy of it with `rl.make_policy`, or export what a run has trained"
+                f"{CONFIG_KEY!r} entry. Make a policy of it with `rl.make_policy`, or export what "
+                "a run has trained"
             )
         return load_policy(folder, dtype="auto")
     from peft import PeftModel
@@ -250,8 +250,7 @@ def _load(folder: Path, base: Path | None) -> Any:
     except (OSError, PolicyError) as error:
         raise CheckpointError(
             f"{folder} holds LoRA adapters, and {base}, which they belong to, cannot be loaded as "
-            "a policy; say where "
-            f"the policy is that they were trained on (--base). {error}"
+            f"a policy; say where the policy is that they were trained on (--base). {error}"
         ) from error
     adapted: Any = PeftModel.from_pretrained(policy, str(folder))
     return adapted.merge_and_unload()

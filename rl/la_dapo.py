@@ -417,12 +417,10 @@ def _check(model: Any, args: LADAPOConfig) -> None:
     if noise == 0.0 and (args.latent_alpha != 0.0 or args.latent_beta != 0.0):
         raise ObjectiveError(
             f"latent_alpha={args.latent_alpha} and latent_beta={args.latent_beta} ask for a latent "
-            "term, but the "
-            "policy's noise_scale is 0: its latents are their own means, the gradient of their "
-            "log-density is exactly "
-            "zero and its KL is undefined. Set the protocol's noise_scale above 0 (0.1 is a "
-            "start), or set "
-            "latent_alpha and latent_beta to 0"
+            "term, but the policy's noise_scale is 0: its latents are their own means, the "
+            "gradient of their log-density is exactly zero and its KL is undefined. Set the "
+            "protocol's noise_scale above 0 (0.1 is a start), or set latent_alpha and latent_beta "
+            "to 0"
         )
 
 

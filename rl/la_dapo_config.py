@@ -95,8 +95,8 @@ class LADAPOConfig(GRPOConfig):
             if getattr(self, name) not in (inert, None):
                 raise ObjectiveError(
                     f"{name}={getattr(self, name)} is not supported: replay scores the whole "
-                    "distribution, and "
-                    f"truncated sampling would bias the ratio. Leave {name} at its default"
+                    f"distribution, and truncated sampling would bias the ratio. Leave {name} at "
+                    "its default"
                 )
         for name, inert in IGNORED.items():
             if getattr(self, name) != inert:

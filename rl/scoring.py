@@ -4,6 +4,7 @@ inputs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,19 +28,11 @@ class ReplayBatch:
 
     inputs: dict[str, Any]  # what the model's forward takes, `latents` and `slots` included
     prompt_length: int  # P
-    completion_length: int  # C
     latent_counts: tuple[int, ...]  # latents of each row
 
     def to(self, device: torch.device | str) -> ReplayBatch:
-        moved: dict[str, Any] = {}
-        for key, value in self.inputs.items():
-            if isinstance(value, ScoreSlots):
-                moved[key] = ScoreSlots(
-                    *(getattr(value, f).to(device) for f in value.__dataclass_fields__)
-                )
-            else:
-                moved[key] = value.to(device)
-        return ReplayBatch(moved, self.prompt_length, self.completion_length, self.latent_counts)
+        moved = {name: value.to(device) for name, value in self.inputs.items()}
+        return dataclasses.replace(self, inputs=moved)
 
 
 def collate(
@@ -64,8 +57,7 @@ def collate(
         if not np.array_equal(trace.slots, t.decision):
             raise TrajectoryError(
                 f"trajectory of sample {t.sample_id!r}: its decisions are not those the policy's "
-                "protocol allows; it "
-                "was sampled under another protocol"
+                "protocol allows; it was sampled under another protocol"
             )
         start, end = p - len(t.prompt_ids), p + len(t.completion_ids)
         ids[row, start:end] = np.concatenate([t.prompt_ids, t.completion_ids])
@@ -92,7 +84,6 @@ def collate(
     return ReplayBatch(
         inputs,
         p,
-        c,
         tuple(len(t.latents) for t in trajectories),
     )
 

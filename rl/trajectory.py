@@ -110,8 +110,7 @@ class Trajectory:
         if not length == len(self.decision) == len(self.logprobs):
             raise TrajectoryError(
                 f"{where}: {length} tokens, {len(self.decision)} decisions, {len(self.logprobs)} "
-                "log-probs; "
-                "these must be equal"
+                "log-probs; these must be equal"
             )
         if len(self.prompt_ids) == 0 or length == 0:
             raise TrajectoryError(f"{where}: the prompt or the completion is empty")

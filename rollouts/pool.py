@@ -128,8 +128,7 @@ class RolloutPool:
         if late := [i for i, call in enumerate(calls) if call not in done]:
             raise SyncError(
                 f"workers {late} did not take weights of version {update.version} within "
-                f"{self._timeout:.0f} s; look "
-                "for them in Ray's logs, or raise rollouts.timeout_s"
+                f"{self._timeout:.0f} s; look for them in Ray's logs, or raise rollouts.timeout_s"
             )
         versions = self._gather(calls, "update the weights")
         if wrong := [i for i, version in enumerate(versions) if version != update.version]:
@@ -170,8 +169,7 @@ class RolloutPool:
             except GetTimeoutError:
                 raise RolloutError(
                     f"worker {number} did not {deed} within {self._timeout:.0f} s; look for it in "
-                    "Ray's logs, or "
-                    "raise rollouts.timeout_s"
+                    "Ray's logs, or raise rollouts.timeout_s"
                 ) from None
             except RayActorError as error:
                 raise RolloutError(

@@ -161,8 +161,7 @@ def _claim(root: Path, seed: int) -> None:
     if path.is_file() and (there := json.loads(path.read_text())["seed"]) != seed:
         raise RecipeError(
             f"{root} holds a quickstart with seed {there}, this one has seed {seed}; choose "
-            "another --output, or "
-            "delete the folder"
+            "another --output, or delete the folder"
         )
     write_json(path, {"seed": seed})
 

@@ -338,8 +338,7 @@ class _Run:
         if state["config"] != asdict(self.config):
             raise CheckpointError(
                 f"{self.path} is of a run with other settings ({state['config']}); delete it to "
-                "start anew, or choose "
-                "another folder"
+                "start anew, or choose another folder"
             )
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -92,8 +92,8 @@ class _Row:
             ) from error
         if not isinstance(self.values, dict):
             raise DataError(
-                f"{where}: a row is a JSON object with the columns video, question and answer, "
-                f"not {_kind(self.values)}"
+                f"{where}: a row is a JSON object with the columns video, question and answer, not "
+                f"{_kind(self.values)}"
             )
 
     def sample(self, default_id: str, root: Path) -> Sample:
@@ -183,8 +183,8 @@ class _Row:
         )
         if by_letter < 0 and by_text < 0:
             raise DataError(
-                f"{self.where}: answer {answer!r} is not among the options ({listed}); "
-                "give a letter or the exact text of an option"
+                f"{self.where}: answer {answer!r} is not among the options ({listed}); give a "
+                "letter or the exact text of an option"
             )
         if by_letter >= 0 and by_text >= 0 and by_letter != by_text:
             raise DataError(

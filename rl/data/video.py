@@ -59,8 +59,8 @@ def read_clip(path: str | Path, indices: Sequence[int]) -> tuple[np.ndarray, Vid
         raise VideoError(f"{path}: no frames were asked for; give at least one frame index")
     if outside := [i for i in indices if not 0 <= i < info.frames]:
         raise VideoError(
-            f"{path}: frame {outside[0]} was asked for, but the video has {info.frames} frames "
-            f"(0 to {info.frames - 1}); correct the row's `frames` or `imagine`"
+            f"{path}: frame {outside[0]} was asked for, but the video has {info.frames} frames (0 "
+            f"to {info.frames - 1}); correct the row's `frames` or `imagine`"
         )
     try:
         if padded:

@@ -157,8 +157,7 @@ def policy_settings(config: PretrainedConfig) -> dict[str, Any]:
     if not isinstance(settings, dict) or not {"protocol", "tokens", "head"} <= settings.keys():
         raise PolicyError(
             f"{config.name_or_path or type(config).__name__} is no latent policy: its config.json "
-            "has no "
-            f"{CONFIG_KEY!r} entry. Make one with `rl.policy.make_policy`"
+            f"has no {CONFIG_KEY!r} entry. Make one with `rl.policy.make_policy`"
         )
     if settings.get("version") != _CONFIG_VERSION:
         raise PolicyError(
@@ -174,8 +173,7 @@ def policy_class(base: type[PreTrainedModel]) -> type[Any]:
     if "pixel_values_videos" not in inspect.signature(base.forward).parameters:
         raise PolicyError(
             f"{base.__name__} takes no video: its forward has no `pixel_values_videos`. Choose a "
-            "model with video "
-            "input, for example Qwen3-VL, Qwen2.5-VL or Qwen3.5"
+            "model with video input, for example Qwen3-VL, Qwen2.5-VL or Qwen3.5"
         )
     name = f"Latent{base.__name__}"
     # transformers renames parameters between files and modules by class name, for its own classes
@@ -281,8 +279,7 @@ def model_class(config: PretrainedConfig, path: str | Path) -> type[PreTrainedMo
     except KeyError:
         raise PolicyError(
             f"{path} holds a {config.model_type!r} model, which is no vision-language model. "
-            "Choose a model with "
-            "video input, for example Qwen3-VL, Qwen2.5-VL or Qwen3.5"
+            "Choose a model with video input, for example Qwen3-VL, Qwen2.5-VL or Qwen3.5"
         ) from None
 
 

@@ -8,7 +8,7 @@ latent head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -28,6 +28,9 @@ class ScoreSlots:
     slots: torch.Tensor  # int8, values of `Slot`; FORCED positions are not scored
     may_start: torch.Tensor  # bool, whether the start token was among the choices
     temperature: torch.Tensor  # float32 [B]
+
+    def to(self, device: torch.device | str) -> ScoreSlots:
+        return ScoreSlots(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 @dataclass(frozen=True)

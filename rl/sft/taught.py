@@ -31,8 +31,7 @@ def span_lengths(
     if len(sample.imagine) > protocol.max_spans:
         raise DataError(
             f"{where}: column 'imagine' has {len(sample.imagine)} spans, the protocol allows "
-            f"{protocol.max_spans}; "
-            "list fewer spans or raise the protocol's max_spans"
+            f"{protocol.max_spans}; list fewer spans or raise the protocol's max_spans"
         )
     lengths = []
     for number, frames in enumerate(sample.imagine, start=1):
@@ -41,12 +40,10 @@ def span_lengths(
         if not protocol.min_length <= lengths[-1] <= protocol.max_length:
             raise DataError(
                 f"{where}: span {number} of column 'imagine' has {len(frames)} frames, so "
-                f"{lengths[-1]} latents "
-                f"({temporal_patch_size} frames a patch, {tokens_per_patch} latents a patch); the "
-                "protocol allows "
-                f"{protocol.min_length} to {protocol.max_length}: list other frames, or change the "
-                "protocol's "
-                "min_length and max_length or tokens_per_patch"
+                f"{lengths[-1]} latents ({temporal_patch_size} frames a patch, {tokens_per_patch} "
+                f"latents a patch); the protocol allows {protocol.min_length} to "
+                f"{protocol.max_length}: list other frames, or change the protocol's min_length "
+                "and max_length or tokens_per_patch"
             )
     return tuple(lengths)
 

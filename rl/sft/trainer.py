@@ -103,8 +103,7 @@ def imagine_probability(sample: Sample, share: float | dict[str, Any]) -> float:
     if value not in share["shares"]:
         raise DataError(
             f"sample {sample.id!r}: column {column!r} is {value}, and imagine_share has no share "
-            "for it (it has: "
-            f"{', '.join(share['shares'])}); add one or correct the row"
+            f"for it (it has: {', '.join(share['shares'])}); add one or correct the row"
         )
     return float(share["shares"][value])
 

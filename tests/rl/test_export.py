@@ -62,13 +62,11 @@ def test_policy_folder(policy_folder: Path, tmp_path: Path) -> None:
 def test_fresh_process_gives_the_same_logits(policy_folder: Path, tmp_path: Path) -> None:
     target = export_policy(policy_folder, tmp_path / "out")
     script = (
-        "import sys, torch\nfrom rl import load_policy\nfrom transformers import AutoProcessor\n"
-        "torch.set_num_threads(1)\npolicy = load_policy(sys.argv[1])\n"
-        "ids = AutoProcessor.from_pretrained(sys.argv[1]).tokenizer('where?', "
-        "return_tensors='pt')['input_ids']\n"
-        "with torch.no_grad():\n"
-        "    out = policy(input_ids=ids, mm_token_type_ids=torch.zeros_like(ids)).logits\n"
-        "torch.save(out, sys.argv[2])"
+        "import sys, torch\nfrom rl import load_policy\nfrom transformers import "
+        "AutoProcessor\ntorch.set_num_threads(1)\npolicy = load_policy(sys.argv[1])\nids = "
+        "AutoProcessor.from_pretrained(sys.argv[1]).tokenizer('where?', "
+        "return_tensors='pt')['input_ids']\nwith torch.no_grad():\n    out = policy(input_ids=ids, "
+        "mm_token_type_ids=torch.zeros_like(ids)).logits\ntorch.save(out, sys.argv[2])"
     )
     there = tmp_path / "logits.pt"
     subprocess.run([sys.executable, "-c", script, str(target), str(there)], check=True)

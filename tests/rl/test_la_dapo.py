@@ -78,6 +78,19 @@ def build(world, tmp_path):
     return make
 
 
+def watched(trainer) -> dict:
+    """Fills with the inputs of the loss, once the trainer runs."""
+    seen = {}
+
+    class Spy(LADAPOTrainer):
+        def _compute_loss(self, model, inputs):
+            seen.update(inputs)
+            return super()._compute_loss(model, inputs)
+
+    trainer.__class__ = Spy
+    return seen
+
+
 def logs(trainer) -> list[dict]:
     return [row for row in trainer.state.log_history if "loss" in row]
 
@@ -109,15 +122,8 @@ def test_every_ratio_is_one_at_the_first_update(build):
 
 
 def test_the_loss_by_hand(build):
-    seen = {}
-
-    class Spy(LADAPOTrainer):
-        def _compute_loss(self, model, inputs):
-            seen.update(inputs)
-            return super()._compute_loss(model, inputs)
-
     trainer = build(max_steps=1, latent_alpha=0.3)
-    trainer.__class__ = Spy
+    seen = watched(trainer)
     trainer.train()
     # At ratio 1 the token term is -Σ A_i·n_i / Σ n_i over decided positions, the latent term the
     # same over latents.
@@ -230,12 +236,6 @@ def test_shaping_teaches_without_contrast_only_when_asked(build):
 
 def test_invalid_and_missing_values(build):
     """A NaN outcome leaves a trajectory out; a missing shaping value moves nobody."""
-    seen = {}
-
-    class Spy(LADAPOTrainer):
-        def _compute_loss(self, model, inputs):
-            seen.update(inputs)
-            return super()._compute_loss(model, inputs)
 
     def outcome(completions, **_):
         return [[None, 0.0, 1.0, 1.0][i % SIZE] for i in range(len(completions))]
@@ -244,7 +244,7 @@ def test_invalid_and_missing_values(build):
         return [[5.0, None, 1.0, 2.0][i % SIZE] for i in range(len(completions))]
 
     trainer = build(scorer=rewards(outcome, shaping=shaping), max_steps=1, shuffle_dataset=False)
-    trainer.__class__ = Spy
+    seen = watched(trainer)
     trainer.train()
     # Valid rewards: 0 + 0.5·1.5 (the mean of 1 and 2), 1 + 0.5·1, 1 + 0.5·2 = 0.75, 1.5, 2;
     # mean 1.416667, sample deviation 0.629153.
@@ -289,15 +289,8 @@ def test_a_lora_update_leaves_the_base_alone(world):
 
 
 def test_what_trl_hands_over_is_still_there(build):
-    seen = {}
-
-    class Spy(LADAPOTrainer):
-        def _compute_loss(self, model, inputs):
-            seen.update(inputs)
-            return super()._compute_loss(model, inputs)
-
     trainer = build(max_steps=1)
-    trainer.__class__ = Spy
+    seen = watched(trainer)
     trainer.train()
     assert {"completion_mask", "tool_mask", "num_items_in_batch", "advantages"} <= seen.keys()
     assert torch.equal(seen["old_per_token_logps"], seen["sampling_per_token_logps"])

@@ -138,9 +138,8 @@ def test_two_clips_and_a_system_prompt(samples: list[Sample]) -> None:
     text = processor.tokenizer.decode(prompt.input_ids)
     first, second = (f"<|vision_start|>{m.placeholder}<|vision_end|>" for m in media)
     assert text == (
-        "<|im_start|>system\nLook closely.<|im_end|>\n"
-        f"<|im_start|>user\n{first}{second}Where does the square go next?\n"
-        "A. left\nB. right\nC. up\nD. down<|im_end|>\n<|im_start|>assistant\n"
+        f"<|im_start|>system\nLook closely.<|im_end|>\n<|im_start|>user\n{first}{second}Where does "
+        "the square go next?\nA. left\nB. right\nC. up\nD. down<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
