@@ -3,78 +3,164 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
-from rewards.accuracy import accuracy_rewards
-from rewards.format import format_rewards
-from rewards.outcome_contrastive import outcome_contrastive_rewards
-from rewards.repetition import repetition_rewards
-from rewards.scorer import RewardFunction, RewardSet, RewardTerm
-from rewards.temporal_diversity import temporal_diversity_rewards
+from rewards.batch import RESERVED, make_batch
+from rewards.functions import Signature, find, load, read_signature
+from rewards.terms import RewardTerm
 from rl.errors import RecipeError
 
-SPEC_KEYS = ("use", "weight", "options")
+Range = tuple[float, float]
+SPEC_KEYS = (
+    "use", "name", "weight", "options", "outcome", "range", "timeout_s", "memory_mb", "gpus",
+)  # fmt: skip
+# What holds for a reward of a user's if the recipe says nothing else: shaping that cannot outweigh
+# the outcome, and limits that stop a mistake before it stops the machine.
+PLUGIN_WEIGHT = 0.1
+PLUGIN_TIMEOUT = 60.0  # seconds
+PLUGIN_MEMORY = 8192  # MiB
 
 
 @dataclass(frozen=True)
 class BuiltinReward:
-    """A reward that comes with Foresight, and the weight it has if the recipe names none."""
+    """A reward that comes with Foresight, and what holds if the recipe says nothing else.
 
-    function: RewardFunction
-    weight: float
-    shaping: bool = True
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        """Names of its options: the keyword parameters that have a default."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return tuple(p.name for p in parameters if p.default is not inspect.Parameter.empty)
-
-
-# The weights are LA-DAPO's (methods.md 1.5); repetition has none there, so its weight is ours.
-BUILTIN: dict[str, BuiltinReward] = {
-    "accuracy": BuiltinReward(accuracy_rewards, 0.9, shaping=False),
-    "format": BuiltinReward(format_rewards, 0.1),
-    "outcome_contrastive": BuiltinReward(outcome_contrastive_rewards, 0.2),
-    "temporal_diversity": BuiltinReward(temporal_diversity_rewards, 0.1),
-    "repetition": BuiltinReward(repetition_rewards, 0.1),
-}
-
-
-def build_rewards(specs: Sequence[Mapping[str, Any]]) -> RewardSet:
-    """The rewards of a recipe: each spec is ``{use: name, weight: number, options: {…}}``, the last
-    two optional.
-
-    Raises `RecipeError` for an unknown name, key or option, or an option value that the reward
-    refuses.
+    `range` of its values may depend on its options. `alone`: it waits for others or may take long,
+    so it has a process of its own; the formulas share one.
     """
-    return RewardSet([_build(spec, f"rewards[{place}]") for place, spec in enumerate(specs)])
+
+    target: str
+    weight: float
+    range: Range | Callable[[Mapping[str, Any]], Range]
+    shaping: bool = True
+    alone: bool = False
+    timeout_s: float = 60.0
+
+    def span(self, options: Mapping[str, Any]) -> Range:
+        return self.range(options) if callable(self.range) else self.range
 
 
-def _build(spec: Mapping[str, Any], where: str) -> RewardTerm:
+def _contrastive_range(options: Mapping[str, Any]) -> Range:
+    published = options.get("scale") == "published"
+    return 0.0, max(1.0, 1.0 / options.get("temperature", 0.5)) if published else 1.0
+
+
+# The weights are LA-DAPO's (methods.md 1.5) but for repetition and length, which have none there;
+# of temporal order it is T-GRPO's bonus.
+BUILTIN: dict[str, BuiltinReward] = {
+    "accuracy": BuiltinReward(
+        "rewards.accuracy:accuracy_rewards", 0.9, (0.0, 1.0), shaping=False
+    ),
+    "format": BuiltinReward("rewards.format:format_rewards", 0.1, (0.0, 1.0)),
+    "outcome_contrastive": BuiltinReward(
+        "rewards.outcome_contrastive:outcome_contrastive_rewards", 0.2, _contrastive_range
+    ),
+    "temporal_diversity": BuiltinReward(
+        "rewards.temporal_diversity:temporal_diversity_rewards", 0.1, (-1.0, 0.0)
+    ),
+    "repetition": BuiltinReward("rewards.repetition:repetition_rewards", 0.1, (-1.0, 0.0)),
+    "length": BuiltinReward("rewards.length:length_rewards", 0.1, (-1.0, 0.0)),
+    "temporal_order": BuiltinReward(
+        "rewards.temporal_order:temporal_order_rewards", 0.3, (0.0, 1.0)
+    ),
+    "latent_alignment": BuiltinReward(
+        "rewards.latent_alignment:LatentAlignment", 0.1, (0.0, 1.0), alone=True, timeout_s=600.0
+    ),
+    "judge": BuiltinReward(
+        "rewards.judge:Judge", 0.1, (0.0, 1.0), alone=True, timeout_s=600.0
+    ),
+}  # fmt: skip
+
+
+def build_terms(specs: Sequence[Mapping[str, Any]], folder: Path | None = None) -> list[RewardTerm]:
+    """The rewards of a recipe, whose paths start from `folder`. Nothing of a user's is imported.
+
+    Each spec is ``{use: reward, weight: number, options: {…}}``, where all but `use` may be left
+    out, and further `name` (in logs, by default the reward's), `outcome` (whether it decides right
+    and wrong), `range` [low, high], `timeout_s`, `memory_mb` and `gpus`. The built-in accuracy
+    decides the outcome unless another one is marked. Raises `RecipeError` for an unknown name, key
+    or option, or an option value that a built-in reward refuses.
+    """
+    marked = any(spec.get("outcome") for spec in specs)
+    return [
+        _build(spec, f"rewards[{place}]", folder or Path.cwd(), marked)
+        for place, spec in enumerate(specs)
+    ]
+
+
+def _build(spec: Mapping[str, Any], where: str, folder: Path, marked: bool) -> RewardTerm:
     _check_keys(spec, SPEC_KEYS, where, "key")
     if "use" not in spec:
         raise RecipeError(f"{where} has no `use`; name one of {sorted(BUILTIN)}")
-    name = str(spec["use"])
-    _check_keys([name], BUILTIN, where, "reward")
-    builtin = BUILTIN[name]
+    use = str(spec["use"])
+    try:
+        source = find(use, folder, {name: builtin.target for name, builtin in BUILTIN.items()})
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    builtin = BUILTIN.get(use)
+    name = str(spec.get("name") or (use if builtin else source.attribute))
     options = dict(spec.get("options") or {})
-    _check_keys(options, builtin.options, f"{where} ({name})", "option")
-    weight = spec.get("weight", builtin.weight)
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise RecipeError(f"{where} ({name}): weight is {weight!r}; it must be a number")
-    _check_options(builtin, options)
-    return RewardTerm(name, builtin.function, float(weight), builtin.shaping, options)
+    if builtin is not None:
+        _check_builtin(builtin, options, f"{where} ({name})")
+    outcome = spec.get("outcome")
+    if outcome is None:
+        outcome = builtin is not None and not builtin.shaping and not marked
+    gpus = _number(spec, "gpus", where, 0.0)
+    # A CUDA context reserves far more than it uses, so there no limit would mean anything.
+    memory = None if builtin or gpus else PLUGIN_MEMORY
+    default = builtin.weight if builtin else PLUGIN_WEIGHT
+    return RewardTerm(
+        name,
+        source,
+        weight=_number(spec, "weight", f"{where} ({name})", default),
+        shaping=not outcome,
+        options=options,
+        range=spec.get("range") or (builtin.span(options) if builtin else None),
+        timeout_s=spec.get("timeout_s") or (builtin.timeout_s if builtin else PLUGIN_TIMEOUT),
+        process="formulas" if builtin and not builtin.alone else None,
+        memory_mb=spec.get("memory_mb", memory),
+        gpus=gpus,
+    )
 
 
-def _check_options(builtin: BuiltinReward, options: Mapping[str, Any]) -> None:
-    """Score an empty batch: rewards check their options before they look at a completion."""
-    columns = inspect.signature(builtin.function).parameters.values()
-    required = [p.name for p in columns if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    builtin.function(**dict.fromkeys(required, ()), **options)
+def _number(spec: Mapping[str, Any], key: str, where: str, default: float) -> float:
+    value = spec.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RecipeError(f"{where}: {key} is {value!r}; it must be a number")
+    return float(value)
+
+
+def _check_builtin(builtin: BuiltinReward, options: Mapping[str, Any], where: str) -> None:
+    """Make it, or let it score an empty batch: rewards check their options before anything else."""
+    function = load(builtin.target)
+    signature = read_signature(function)
+    _check_keys(options, signature.options, where, "option")
+    try:
+        if inspect.isclass(function):
+            function(**options)
+        else:
+            function(**dict.fromkeys(signature.required, ()), **options)
+    except (RecipeError, TypeError) as error:
+        raise RecipeError(f"{where}: {error}") from None
+
+
+def check_signature(term: RewardTerm, signature: Signature, columns: Iterable[str]) -> None:
+    """Whether a reward of a user's fits what it will get: its options and the columns of the batch,
+    `columns` being those of the manifest. Raises `RecipeError`.
+    """
+    where = f"reward {term.name!r}"
+    if not signature.free_options:
+        _check_keys(term.options, signature.options, where, "option")
+    known = RESERVED | make_batch([], [], []).columns.keys() | {*columns, *term.options}
+    if lacking := [name for name in signature.required if name not in known]:
+        raise RecipeError(
+            f"{where} asks for {lacking}, which is no column of the manifest and nothing that "
+            f"Foresight hands over; there are {sorted(known)}"
+        )
 
 
 def _check_keys(given: Iterable[str], known: Iterable[str], where: str, what: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -64,11 +64,29 @@ class GroupScores:
     """Rewards of one group of G trajectories. NaN stands for "no value".
 
     `components[name]` are the unweighted values [G] of one reward; `outcome` [G] is 1 for right, 0
-    for wrong.
+    for wrong. `gated`: shaping must not teach in this group. `invalid[name]` says of each
+    trajectory why it has no value of that reward, "" where nothing went wrong; rewards without a
+    fault are left out.
     """
 
     outcome: list[float]
     components: dict[str, list[float]] = field(default_factory=dict)
+    gated: bool = False
+    invalid: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScoringLog:
+    """What scoring has to say beside the scores, since it was last asked.
+
+    `metrics` are numbers by name, in the order they were logged; `extras` columns of the completions
+    table, one value a trajectory of the last `Scorer.score`; `faults` what went wrong, as plain
+    values for a file.
+    """
+
+    metrics: list[tuple[str, float]] = field(default_factory=list)
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+    faults: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Scorer(Protocol):
@@ -76,10 +94,19 @@ class Scorer(Protocol):
 
     names: Sequence[str]  # one a reward, the outcome first
     weights: Sequence[float]
-    functions: Sequence[Callable[..., Any]]
+    wants_shuffled: bool  # whether `score` needs the outcomes of a control with shuffled frames
+
+    def begin(self, state: Any) -> None:
+        """Where training is (transformers' `TrainerState`), for what is scored from here on."""
+        ...
 
     def outcomes(self, groups: Sequence[TrajectoryGroup]) -> list[list[float]]: ...
 
     def score(
-        self, groups: Sequence[TrajectoryGroup], outcomes: Sequence[Sequence[float]]
+        self,
+        groups: Sequence[TrajectoryGroup],
+        outcomes: Sequence[Sequence[float]],
+        shuffled: Sequence[Sequence[float]] | None = None,
     ) -> list[GroupScores]: ...
+
+    def log(self) -> ScoringLog: ...

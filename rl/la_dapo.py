@@ -14,9 +14,11 @@ this is our reconstruction.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
@@ -33,12 +35,10 @@ from rl.errors import ObjectiveError, PolicyError, SyncError
 from rl.interfaces import GroupScores, Rollouts, Scorer
 from rl.la_dapo_config import LADAPOConfig
 from rl.latent_term import MEANS, latent_term
-from rl.objective import (
-    Reason,
-    fill_missing,
-)
+from rl.objective import Reason
 from rl.policy.model import LatentPolicy
 from rl.policy.protocol import Slot
+from rl.reward_table import reward_table
 from rl.scoring import Replay, collate, replay, replay_gaps
 from rl.trajectory import Sample, Sampling, Trajectory
 from rl.weights import weight_update
@@ -56,7 +56,22 @@ TRL_MEMBERS: dict[str, tuple[str, ...]] = {
     ),
     "_compute_loss": ("self", "model", "inputs"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
+    "_log_metric": ("self", "name", "value"),
+    "_log_completion_extra": ("self", "column", "values"),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """What one step trains on: N groups with their scores, and TRL's advantages of their
+    trajectories laid end to end. `number` counts the rollouts of a step.
+    """
+
+    step: int
+    number: int
+    groups: list[CollectedGroup]
+    scores: list[GroupScores]
+    advantages: list[float]
 
 
 class LADAPOTrainer(GRPOTrainer):
@@ -64,7 +79,8 @@ class LADAPOTrainer(GRPOTrainer):
 
     `model` is the policy, `samples` the prompts, `processing_class` its processor (saved with each
     checkpoint). With `peft_config` the adapters are trained and the latent head is saved whole.
-    Raises `ObjectiveError` when the latent term is asked for and the policy has no noise.
+    `recorder` is given every rollout that is trained on, with its rewards. Raises `ObjectiveError`
+    when the latent term is asked for and the policy has no noise.
     """
 
     args: LADAPOConfig  # narrower than TRL's
@@ -88,9 +104,11 @@ class LADAPOTrainer(GRPOTrainer):
         eval_samples: Sequence[Sample] | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[Any] = (),
+        recorder: Callable[[ScoredRollout], object] | None = None,
         **kwargs: Any,
     ) -> None:
         _check(model, args)
+        self._recorder = recorder
         self.rollouts, self.scorer = rollouts, scorer
         self.samples = {s.id: s for s in (*samples, *(eval_samples or ()))}
         self._handed: list[CollectedGroup] = []
@@ -115,7 +133,7 @@ class LADAPOTrainer(GRPOTrainer):
         warnings.filterwarnings("ignore", message=".*rollout_func.*", category=UserWarning)
         super().__init__(
             model=model,
-            reward_funcs=list(scorer.functions),
+            reward_funcs=[_scored_already] * len(scorer.names),
             args=args,
             train_dataset=_dataset(samples),
             eval_dataset=_dataset(eval_samples) if eval_samples else None,
@@ -185,19 +203,22 @@ class LADAPOTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         size = self.num_generations if mode == "train" else self.num_generations_eval
         self.sync_weights()
+        self.scorer.begin(self.state)
         step, number = self._last_sampled.get(mode, (-1, 0))
         number = number + 1 if step == self.state.global_step else 0
         self._last_sampled[mode] = (self.state.global_step, number)
+        place = f"{mode}/{self.state.global_step}/{number}"
+        sampling = Sampling(temperature=self.temperature, max_new_tokens=self.max_completion_length)
         collected = self.collector.collect(
             [self.samples[row["sample_id"]] for row in inputs[::size]],
             size,
-            Sampling(temperature=self.temperature, max_new_tokens=self.max_completion_length),
-            f"{mode}/{self.state.global_step}/{number}",
+            sampling,
+            place,
             filtering=mode == "train" and self.args.filter_groups,
         )
         groups = [c.group for c in collected.groups]
-        scores = self.scorer.score(groups, [c.outcome for c in collected.groups])
-        self._rewards = _reward_table(self.scorer.names, scores)
+        scores = self._score(collected.groups, size, sampling, place)
+        self._rewards = reward_table(self.scorer.names, scores)
         self._handed = collected.groups
         trajectories = [t for group in groups for t in group]
         rows = [_row(t.sample) for t in groups for _ in range(size)]
@@ -220,7 +241,26 @@ class LADAPOTrainer(GRPOTrainer):
                 trajectories, out
             )
         self._log_rollouts(collected, trajectories, mode)
+        if self._recorder is not None and mode == "train":
+            advantages = out["advantages"].tolist()
+            step = self.state.global_step
+            self._recorder(ScoredRollout(step, number, collected.groups, scores, advantages))
         return out
+
+    def _score(
+        self, collected: Sequence[CollectedGroup], size: int, sampling: Sampling, place: str
+    ) -> list[GroupScores]:
+        groups = [c.group for c in collected]
+        shuffled = None
+        if self.scorer.wants_shuffled:
+            shuffled = self.collector.shuffled(groups, max(1, size // 2), sampling, place)
+        scores = self.scorer.score(groups, [c.outcome for c in collected], shuffled)
+        log = self.scorer.log()
+        for name, value in log.metrics:
+            self._log_metric(name, value)
+        for column, values in log.extras.items():
+            self._log_completion_extra(column, values)
+        return scores
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
@@ -389,10 +429,14 @@ class LADAPOTrainer(GRPOTrainer):
 
 
 def _hand_over(prompts: Any, trainer: LADAPOTrainer) -> dict[str, Any]:
-    """TRL's `rollout_func`: the groups that were already sampled. Dropped groups are masked
-    throughout.
+    """TRL's `rollout_func`: the groups that were already sampled. Dropped groups and trajectories
+    with an invalid outcome are masked throughout.
     """
-    pairs = [(t, c.trained) for c in trainer._handed for t in c.group]
+    pairs = [
+        (t, c.trained and not math.isnan(outcome))
+        for c in trainer._handed
+        for t, outcome in zip(c.group, c.outcome, strict=True)
+    ]
     trainer._handed = []
     return {
         "prompt_ids": [t.prompt_ids.tolist() for t, _ in pairs],
@@ -424,18 +468,9 @@ def _check(model: Any, args: LADAPOConfig) -> None:
         )
 
 
-def _reward_table(names: Sequence[str], scores: Sequence[GroupScores]) -> torch.Tensor:
-    """Rewards [N, F] as TRL sums them: NaN rows for invalid outcomes, other missing values
-    neutral.
-    """
-    groups = []
-    for score in scores:
-        table_GF = torch.tensor([score.components[name] for name in names]).T
-        filled_GF = torch.stack([fill_missing(column) for column in table_GF.T], dim=1)
-        groups.append(
-            filled_GF.masked_fill(torch.tensor(score.outcome).isnan()[:, None], torch.nan)
-        )
-    return torch.cat(groups)
+def _scored_already(**_: Any) -> list[float]:
+    """Stands where TRL wants a reward function. Never called: see `_calculate_rewards`."""
+    raise NotImplementedError
 
 
 def _gather(value: torch.Tensor) -> torch.Tensor:

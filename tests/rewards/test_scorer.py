@@ -1,16 +1,21 @@
 """`RewardSet` over real trajectories: order, missing values, broken rewards."""
 
+import asyncio
+import json
 import math
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from rewards.registry import build_rewards
-from rewards.scorer import RewardSet, RewardTerm
+from rewards.registry import build_terms
+from rewards.scorer import RewardSet
+from rewards.terms import RewardTerm
+from rewards.values import Invalid
 from rl.errors import DataError, RecipeError, RewardError
 from rl.trajectory import Sample, Sampling, Trajectory, TrajectoryGroup
 
@@ -57,14 +62,16 @@ def two_groups():
     ]
 
 
+def inline(specs, **settings):
+    return RewardSet(build_terms(specs), **settings)
+
+
 def accuracy_and(function, **term):
-    return RewardSet(
-        [RewardTerm("mine", function, **term), *build_rewards([{"use": "accuracy"}]).terms]
-    )
+    return RewardSet([RewardTerm("mine", function, **term), *build_terms([{"use": "accuracy"}])])
 
 
 def test_outcome_comes_first_and_every_component_is_kept():
-    rewards = build_rewards(
+    rewards = inline(
         [
             {"use": "format", "options": {"grammar": "answer"}},
             {"use": "outcome_contrastive"},
@@ -77,7 +84,6 @@ def test_outcome_comes_first_and_every_component_is_kept():
         "accuracy", "format", "outcome_contrastive", "temporal_diversity", "repetition",
     )  # fmt: skip
     assert rewards.weights == (0.9, 0.1, 0.2, 0.1, 0.05)
-    assert tuple(t.__name__ for t in rewards.terms) == rewards.names
     groups = two_groups()
     outcomes = rewards.outcomes(groups)
     assert outcomes == [[1.0, 1.0, 0.0], [0.0, 1.0]]
@@ -95,7 +101,7 @@ def test_outcome_comes_first_and_every_component_is_kept():
 
 
 def test_groups_do_not_see_each_other():
-    rewards = build_rewards([{"use": "accuracy"}, {"use": "outcome_contrastive"}])
+    rewards = inline([{"use": "accuracy"}, {"use": "outcome_contrastive"}])
     groups = two_groups()
     together = rewards.score(groups, rewards.outcomes(groups))
     for here, alone in zip(together, groups, strict=True):
@@ -106,9 +112,7 @@ def test_groups_do_not_see_each_other():
 
 
 def test_an_invalid_outcome_empties_its_row_and_leaves_the_others_alone():
-    rewards = build_rewards(
-        [{"use": "accuracy"}, {"use": "format"}, {"use": "outcome_contrastive"}]
-    )
+    rewards = inline([{"use": "accuracy"}, {"use": "format"}, {"use": "outcome_contrastive"}])
     whole, less = two_groups()[0], two_groups()[0]
     less = TrajectoryGroup(less.sample, less.trajectories[:2])
     (scores,) = rewards.score([whole], [[1.0, 1.0, math.nan]])
@@ -119,14 +123,15 @@ def test_an_invalid_outcome_empties_its_row_and_leaves_the_others_alone():
 
 
 def test_a_row_whose_reference_fits_no_option_is_invalid():
-    rewards = build_rewards([{"use": "accuracy"}])
+    rewards = inline([{"use": "accuracy"}], max_invalid=1.0)
     assert np.isnan(rewards.outcomes([group("odd", (RIGHT, [EAST]), answer="up")])).all()
 
 
 def test_a_reward_gets_the_columns_of_the_batch_and_its_options():
     seen = {}
 
-    def spy(**columns):
+    def spy(trajectories, **columns):
+        seen["trajectories"] = trajectories
         seen.update(columns)
         return [None] * len(columns["completions"])
 
@@ -149,22 +154,72 @@ def boom(**_):
     raise KeyError("label")
 
 
+def exits(**_):
+    raise SystemExit(3)
+
+
 @pytest.mark.parametrize(
-    ("function", "complaint"),
+    ("function", "reason"),
     [
-        (boom, r"raised KeyError: 'label'"),
-        (lambda **_: [1.0], "returned 1 values for 5 completions"),
+        (boom, "raised KeyError: 'label'"),
+        (exits, "raised SystemExit: 3"),
+        (lambda **_: [1.0], "returned 1 values for 2 completions"),
         (lambda **_: None, "raised TypeError"),
-        (lambda **_: ["1.0"] * 5, r"returned '1\.0' for sample 'one'"),
-        (lambda **_: [0.0] * 4 + [math.inf], "returned inf for sample 'two'"),
-        (lambda **_: [[0.0]] * 5, r"returned \[0.0\] for sample 'one'"),
     ],
 )
-def test_a_broken_reward_is_named(function, complaint):
-    rewards, groups = accuracy_and(function), two_groups()
-    with pytest.raises(RewardError, match=f"reward 'mine' {complaint}") as caught:
-        rewards.score(groups, rewards.outcomes(groups))
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+def test_a_call_that_fails_has_no_values_and_says_why(function, reason):
+    rewards, groups = accuracy_and(function, weight=0.1), two_groups()
+    rewards = RewardSet(rewards.terms, max_invalid=1.0)
+    one, two = rewards.score(groups, rewards.outcomes(groups))
+    assert np.isnan(one.components["mine"] + two.components["mine"]).all()
+    assert all(reason in text for text in two.invalid["mine"])
+    assert one.components["accuracy"] == [1.0, 1.0, 0.0] and "accuracy" not in one.invalid
+    assert dict(rewards.log().metrics)["rewards/mine/invalid"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("1.0", "returned '1.0' of type str, not a number"),
+        (math.inf, "returned inf; for no value return None"),
+        (math.nan, "returned nan; for no value return None"),
+        ([0.0], "returned [0.0] of type list, not a number"),
+        (np.zeros(2), "which is no number"),
+        (7.0, "returned 7, outside of its range -1 to 1"),
+        (Invalid("the judge is down"), "the judge is down"),
+        (Invalid(""), "invalid, with no reason given"),
+    ],
+)
+def test_a_wrong_value_is_invalid_and_the_others_stay(value, reason):
+    rewards = accuracy_and(lambda **_: [0.25] * 4 + [value], range=(-1.0, 1.0))
+    groups = two_groups()
+    one, two = rewards.score(groups, rewards.outcomes(groups))
+    assert one.components["mine"] + two.components["mine"][:1] == [0.25] * 4
+    assert math.isnan(two.components["mine"][1])
+    assert two.invalid["mine"][0] == "" and reason in two.invalid["mine"][1]
+    assert "mine" not in one.invalid
+    assert dict(rewards.log().metrics)["rewards/mine/invalid"] == 0.2
+
+
+def test_no_value_is_no_fault():
+    rewards, groups = accuracy_and(lambda **_: [None, 1.0, 0.0, None, None]), two_groups()
+    one, two = rewards.score(groups, rewards.outcomes(groups))
+    assert one.components["mine"][1:] == [1.0, 0.0] and one.invalid == two.invalid == {}
+    assert dict(rewards.log().metrics)["rewards/mine/invalid"] == 0.0
+
+
+def test_one_bad_group_costs_itself_only(caplog):
+    def picky(completions, id, **_):
+        if "two" in id:
+            raise ValueError("two is odd")
+        return [0.5] * len(completions)
+
+    rewards = accuracy_and(picky)
+    groups = [*two_groups(), group("three", (RIGHT, [EAST]))]
+    one, two, three = rewards.score(groups, rewards.outcomes(groups))
+    assert one.components["mine"] + three.components["mine"] == [0.5] * 4
+    assert two.invalid["mine"] == ["raised ValueError: two is odd"] * 2
+    assert "'mine': raised ValueError: two is odd" in caplog.text and "'two'" in caplog.text
 
 
 def test_numpy_and_torch_numbers_are_numbers():
@@ -174,24 +229,154 @@ def test_numpy_and_torch_numbers_are_numbers():
 
 
 def test_an_outcome_is_right_or_wrong():
-    rewards = RewardSet([RewardTerm("half", lambda **_: [0.5], shaping=False)])
-    with pytest.raises(RewardError, match=r"'half' decides the outcome but returned 0\.5"):
-        rewards.outcomes([group("one", (RIGHT, [EAST]))])
+    terms = [RewardTerm("half", lambda **_: [0.5, 1.0, None, 0.0], shaping=False)]
+    rewards = RewardSet(terms)
+    (row,) = rewards.outcomes([group("one", *[(RIGHT, [EAST])] * 4)])
+    np.testing.assert_equal(row, [math.nan, 1.0, math.nan, 0.0])
+    # A row nobody can judge counts as invalid too: with nothing but such rows nothing is trained.
+    assert dict(rewards.log().metrics)["rewards/half/invalid"] == 0.5
+
+
+def test_shaping_is_gated_in_groups_without_contrast():
+    groups = [*two_groups(), group("three", (RIGHT, [EAST]), (RIGHT, [NORTH]))]
+    specs = [{"use": "accuracy"}, {"use": "format"}]
+    outcomes = [[1.0, 1.0, 0.0], [math.nan, 1.0], [1.0, 1.0]]
+    assert [s.gated for s in inline(specs).score(groups, outcomes)] == [False, True, True]
+    open_gate = inline(specs, gate_shaping=False).score(groups, outcomes)
+    assert [s.gated for s in open_gate] == [False, False, False]
+
+
+def test_too_many_invalid_values_stop_the_run_with_a_report(tmp_path):
+    broken = {"now": False}
+
+    def flaky(completions, **_):
+        if broken["now"]:
+            raise ConnectionError("no route to host")
+        return [1.0] * len(completions)
+
+    groups = two_groups()
+    terms = accuracy_and(flaky, weight=0.1).terms
+    file = tmp_path / "run" / "faults.jsonl"
+    rewards = RewardSet(terms, max_invalid=0.6, faults=file)
+    for step, down in enumerate([False, True, True]):  # 1/2 and 2/3 of the values are invalid
+        rewards.begin(SimpleNamespace(global_step=step))
+        broken["now"] = down
+        outcomes = rewards.outcomes(groups)
+        if step < 2:
+            rewards.score(groups, outcomes)
+    with pytest.raises(RewardError) as caught:
+        rewards.score(groups, outcomes)
+    report = str(caught.value)
+    assert "'mine' has no valid value for 10 of the last 15 trajectories (67%)" in report
+    # Each time the whole batch and then each of its two groups.
+    assert "6 times raised: raised ConnectionError: no route to host" in report
+    assert "samples: 'one', 'two'" in report and str(file) in report
+    assert "in flaky" in report  # the traceback
+    assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["lost"] for line in lines] == [0, 3, 2, 0, 3, 2]
+    assert [line["step"] for line in lines] == [1, 1, 1, 2, 2, 2]
+    assert {line["reward"] for line in lines} == {"mine"}
+
+
+def test_old_steps_are_forgotten():
+    """A reward that was down for two steps long ago does not stop a run later."""
+    broken = {"now": False}
+    groups = two_groups()
+
+    def flaky(completions, **_):
+        return [Invalid("down") if broken["now"] else 1.0] * len(completions)
+
+    rewards = accuracy_and(flaky, weight=0.1)
+    for down in [False, False, True, True, False, False, True, True, False]:
+        rewards.begin(SimpleNamespace(global_step=0))
+        broken["now"] = down
+        rewards.score(groups, rewards.outcomes(groups))
+
+
+def test_what_rewards_log_and_are_told():
+    def outcome(completions, log_extra, **_):
+        log_extra("length", [len(c[0]["content"]) for c in completions])
+        return [float("A" in c[0]["content"]) for c in completions]
+
+    def shaping(completions, trainer_state, log_metric, log_extra, **_):
+        log_metric("seen", trainer_state.global_step)
+        log_extra("wrong length", [1])  # TRL could not show it
+        return [0.1 * trainer_state.max_steps] * len(completions)
+
+    rewards = RewardSet(
+        [RewardTerm("outcome", outcome, shaping=False), RewardTerm("shaping", shaping, 0.1)]
+    )
+    rewards.begin(SimpleNamespace(global_step=7, max_steps=10))
+    groups = [group("one", ("A",), ("AB",)), group("two", ("xyz",), ("xyzA",))]
+    outcomes = rewards.outcomes(groups)
+    # The collector may keep another order, and fewer.
+    scores = rewards.score(groups[1:], outcomes[1:])
+    assert scores[0].components["shaping"] == [1.0, 1.0]
+    log = rewards.log()
+    assert ("seen", 7.0) in log.metrics and log.extras == {"length": [3, 4]}
+    assert rewards.log().extras == {}
+
+
+def test_async_functions_and_classes():
+    class Counter:
+        """Counts its calls."""
+
+        def __init__(self, step=1):
+            self.step, self.calls = step, 0
+
+        async def __call__(self, completions, **_):
+            await asyncio.sleep(0)
+            self.calls += self.step
+            return [self.calls] * len(completions)
+
+    rewards = accuracy_and(Counter, options={"step": 3}, weight=0.01)
+    groups = two_groups()[:1]
+    for expected in (3.0, 6.0):
+        (scores,) = rewards.score(groups, rewards.outcomes(groups))
+        assert scores.components["mine"] == [expected] * 3
+
+
+def test_the_control_reaches_those_who_name_it():
+    def order(outcomes, shuffled_outcomes, **_):
+        return [sum(row) - o for o, row in zip(outcomes, shuffled_outcomes, strict=True)]
+
+    assert not inline([{"use": "accuracy"}]).wants_shuffled
+    rewards, groups = accuracy_and(order), two_groups()
+    assert rewards.wants_shuffled
+    one, two = rewards.score(groups, rewards.outcomes(groups), [[1.0], [0.0]])
+    assert one.components["mine"] == [0.0, 0.0, 1.0] and two.components["mine"] == [0.0, -1.0]
+
+
+def test_shaping_that_outweighs_the_outcome_is_noticed(caplog):
+    def wide(completions, **_):
+        return [2.0 * i for i in range(len(completions))]
+
+    groups = [group("one", (RIGHT, [EAST]), (WRONG, [NORTH]))]
+    known = accuracy_and(wide, range=(0.0, 4.0))
+    known.start()
+    assert "'mine' can outweigh the outcome: weight times range is 4" in caplog.text
+    caplog.clear()
+    unknown = accuracy_and(wide)
+    for _ in range(2):
+        unknown.score(groups, unknown.outcomes(groups))
+    # accuracy weighs 0.9 and the two differ by 2
+    assert caplog.text.count("'mine' outweighs the outcome: within one group it differs by 2") == 1
 
 
 def test_sets_that_make_no_sense():
-    with pytest.raises(RecipeError, match=r"0 of .* decide the outcome"):
+    with pytest.raises(RecipeError, match=r"none of \[\] decide the outcome"):
         RewardSet([])
-    with pytest.raises(RecipeError, match=r"2 of .* decide the outcome"):
-        build_rewards([{"use": "accuracy"}, {"use": "accuracy"}])
+    with pytest.raises(RecipeError, match=r"\['accuracy', 'again'\] of .* decide the outcome"):
+        inline([{"use": "accuracy"}, {"use": "accuracy", "name": "again"}])
     with pytest.raises(RecipeError, match=r"\['format'\] appear more than once"):
-        build_rewards([{"use": "accuracy"}, {"use": "format"}, {"use": "format"}])
+        inline([{"use": "accuracy"}, {"use": "format"}, {"use": "format"}])
     with pytest.raises(RecipeError, match="weight is nan"):
         RewardTerm("mine", boom, weight=math.nan)
 
 
 def test_outcomes_of_other_groups_and_reserved_columns_are_refused():
-    rewards = build_rewards([{"use": "accuracy"}])
+    rewards = inline([{"use": "accuracy"}])
     with pytest.raises(RewardError, match=r"groups of \[1\] trajectories"):
         rewards.score(two_groups(), [[1.0]])
     with pytest.raises(DataError, match=r"\['outcomes'\] have names"):
@@ -199,18 +384,9 @@ def test_outcomes_of_other_groups_and_reserved_columns_are_refused():
 
 
 def test_an_empty_batch():
-    rewards = build_rewards([{"use": "accuracy"}, {"use": "outcome_contrastive"}])
+    rewards = inline([{"use": "accuracy"}, {"use": "outcome_contrastive"}])
     assert rewards.outcomes([]) == []
     assert rewards.score([], []) == []
-
-
-def test_a_set_survives_pickling():
-    rewards = build_rewards(
-        [{"use": "accuracy"}, {"use": "format", "options": {"grammar": "answer"}}]
-    )
-    copy, groups = pickle.loads(pickle.dumps(rewards)), two_groups()
-    outcomes = copy.outcomes(groups)
-    assert copy.score(groups, outcomes) == rewards.score(groups, outcomes)
 
 
 def test_importing_rewards_loads_nothing_heavy():

@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from rewards.scorer import RewardSet, RewardTerm
+from rewards.scorer import RewardSet
+from rewards.terms import RewardTerm
 from rl.checkpoints import STATE_FILE, last_complete
 from rl.errors import ObjectiveError, PolicyError, SyncError
 from rl.la_dapo import TRL_MEMBERS, LADAPOTrainer
@@ -28,9 +29,10 @@ def coin(completion_ids, **_):
     return [float(sum(ids) % 2) for ids in completion_ids]
 
 
-def rewards(outcome=coin, **shaping) -> RewardSet:
+def rewards(outcome=coin, gate_shaping=True, **shaping) -> RewardSet:
     terms = [RewardTerm("outcome", outcome, 1.0, shaping=False)]
-    return RewardSet([*terms, *(RewardTerm(name, f, 0.5) for name, f in shaping.items())])
+    terms += [RewardTerm(name, f, 0.5) for name, f in shaping.items()]
+    return RewardSet(terms, gate_shaping=gate_shaping)
 
 
 @pytest.fixture(scope="module")
@@ -225,13 +227,22 @@ def test_shaping_teaches_without_contrast_only_when_asked(build):
     def remainder(completion_ids, **_):
         return [float(sum(ids) % 7) for ids in completion_ids]
 
-    scorer = rewards(lambda completions, **_: [0.0] * len(completions), remainder=remainder)
-    filtered, asked = build(scorer=scorer), build(scorer=scorer, filter_groups=False)
-    filtered.train()
-    asked.train()
-    assert logs(filtered)[0]["grad_norm"] == 0.0
-    assert logs(asked)[0]["grad_norm"] > 0.0
-    assert logs(asked)[0]["groups/trained"] == 1.0 == logs(asked)[0]["groups/all_wrong"] / 2
+    def wrong(completions, **_):
+        return [0.0] * len(completions)
+
+    def first(**settings):
+        scorer = rewards(wrong, remainder=remainder, gate_shaping=settings.pop("gate", True))
+        trainer = build(scorer=scorer, max_steps=1, **settings)
+        trainer.train()
+        return logs(trainer)[0]
+
+    filtered, gated = first(), first(filter_groups=False)
+    assert filtered["grad_norm"] == gated["grad_norm"] == 0.0
+    assert (filtered["groups/trained"], gated["groups/trained"]) == (0.0, 1.0)
+    assert gated["groups/gated"] == 1.0 and gated["rewards/remainder/mean"] > 0.0  # still logged
+    asked = first(filter_groups=False, gate=False)
+    assert asked["grad_norm"] > 0.0 and asked["groups/gated"] == 0.0
+    assert asked["groups/trained"] == 1.0 == asked["groups/all_wrong"] / 2
 
 
 def test_invalid_and_missing_values(build):

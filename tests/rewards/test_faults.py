@@ -1,0 +1,140 @@
+"""Rewards that hang, die, leak or lie, in real Ray processes."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from rewards.registry import build_terms
+from rewards.scorer import RewardSet
+from rewards.terms import RewardTerm
+from rl.errors import RecipeError
+from tests.rewards.test_scorer import EAST, RIGHT, WRONG, group
+
+FAULTY = Path(__file__).with_name("faulty.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    ray.init(num_cpus=2, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+def groups(*names):
+    return [group(name, (RIGHT, [EAST]), (WRONG, [EAST])) for name in names]
+
+
+def isolated(*specs, tmp_path=None, **settings):
+    faults = tmp_path / "faults.jsonl" if tmp_path else None
+    terms = build_terms([{"use": "accuracy"}, *specs], FAULTY.parent)
+    return RewardSet(terms, isolated=True, faults=faults, **settings)
+
+
+def spec(name, **keys):
+    return {"use": f"faulty.py:{name}", "timeout_s": 2.0, "weight": 0.1, **keys}
+
+
+def score(rewards, *names):
+    batch = groups(*names)
+    return rewards.score(batch, rewards.outcomes(batch))
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "reason"),
+    [
+        ("sleeps", {}, "did not answer within 2 s; its process was killed"),
+        ("raises", {}, "raised ValueError: cannot read this"),
+        ("returns_too_few", {}, "returned 0 values for 2 completions"),
+        ("gives_nan", {}, "returned nan"),
+        ("gives_text", {}, "returned '1.0' of type str"),
+        ("kills_itself", {"timeout_s": 30.0}, "its process died"),
+        ("hoards", {"timeout_s": 30.0, "memory_mb": 512}, "raised MemoryError"),
+    ],
+)
+def test_a_fault_costs_its_own_group_only(name, keys, reason, tmp_path):
+    """And nothing is 0 by accident: the values are 1 or missing."""
+    with isolated(spec(name, **keys), tmp_path=tmp_path) as rewards:
+        first, bad, last = score(rewards, "good", "bad", "fine")
+        assert first.components[name] == last.components[name] == [1.0, 1.0]
+        assert np.isnan(bad.components[name]).all() and bad.components["accuracy"] == [1.0, 0.0]
+        assert all(reason in text for text in bad.invalid[name])
+        assert first.invalid == last.invalid == {}
+        assert dict(rewards.log().metrics)[f"rewards/{name}/invalid"] == pytest.approx(1 / 3)
+        written = (tmp_path / "faults.jsonl").read_text()
+        assert reason.replace('"', '\\"') in written and f'"reward": "{name}"' in written
+        # The next call finds a process that works.
+        (again,) = score(rewards, "good")
+        assert again.components[name] == [1.0, 1.0]
+
+
+def test_a_slow_leak_loses_nothing(tmp_path):
+    with isolated(spec("leaks", memory_mb=256, timeout_s=30.0), tmp_path=tmp_path) as rewards:
+        seen = [score(rewards, "good", "fine")[0].components["leaks"] for _ in range(6)]
+    # Two calls fit, the third does not; its groups are scored one by one in a new process.
+    assert seen == [[1.0, 1.0], [2.0, 2.0]] + [[1.0, 1.0]] + seen[3:]
+    assert not np.isnan(seen).any()
+    assert "MemoryError" in (tmp_path / "faults.jsonl").read_text()
+
+
+def test_what_always_hangs_is_given_up(tmp_path):
+    """Its deadline is not waited out for every group of a batch."""
+    with isolated(spec("sleeps"), max_invalid=1.0, tmp_path=tmp_path) as rewards:
+        names = ["bad"] * 12
+        batch = [group(f"{name}", (RIGHT, [EAST])) for name in names]
+        outcomes = rewards.outcomes(batch)
+        started = time.monotonic()
+        scores = rewards.score(batch, outcomes)
+        assert time.monotonic() - started < 60  # a dozen deadlines and new processes take longer
+        assert np.isnan([s.components["sleeps"] for s in scores]).all()
+        assert "given up after it failed again and again" in scores[-1].invalid["sleeps"][0]
+
+
+def test_nothing_of_a_users_comes_here(tmp_path):
+    """User code neither runs nor is unpickled in this process."""
+    specs = [spec("gives_own_type"), spec("raises_own_error"), spec("where", range=[0, 1])]
+    with isolated(*specs, max_invalid=1.0) as rewards:
+        (scores,) = score(rewards, "good")
+        log = rewards.log()
+    assert scores.components["gives_own_type"] == [0.5, 0.5]
+    assert all(type(value) is str and "NotPlain" in value for value in log.extras["odd"])
+    assert scores.invalid["raises_own_error"] == ["raised OwnError: this and that"] * 2
+    assert dict(log.metrics)["pid"] != os.getpid()
+    assert not [name for name in sys.modules if name.endswith("faulty")]
+
+
+@pytest.mark.parametrize(
+    ("code", "complaint"),
+    [
+        ("import no_such_module\ndef f(**_): ...", "ModuleNotFoundError: No module named 'no_such"),
+        ("def f(:", "SyntaxError"),
+        ("def g(**_): ...", "has no 'f'; it has g"),
+        ("f = 3", "holds no function or class 'f'"),
+        ("class f: ...", "has no __call__"),
+        ("import sys; sys.exit(5)", "SystemExit: 5"),
+        ("import os; os._exit(5)", "died when it was imported"),
+        (
+            "class f:\n  def __init__(self, size): ...\n  def __call__(self): ...",
+            "argument: 'size'",
+        ),
+    ],
+)
+def test_a_reward_that_cannot_be_imported_stops_at_once(tmp_path, code, complaint):
+    (tmp_path / "mine.py").write_text(code)
+    terms = build_terms([{"use": "accuracy"}, {"use": "mine.py:f", "name": "helpful"}], tmp_path)
+    with pytest.raises(RecipeError, match="reward 'helpful'") as caught:
+        RewardSet(terms, isolated=True).start()
+    assert complaint in str(caught.value)
+
+
+def test_functions_travel_too():
+    """A function that was written in a notebook runs in a process as well."""
+    terms = [*build_terms([{"use": "accuracy"}])]
+    terms.append(RewardTerm("mine", lambda completions, **_: [os.getpid()] * len(completions), 0.0))
+    with RewardSet(terms, isolated=True) as rewards:
+        (scores,) = score(rewards, "good")
+    assert scores.components["mine"][0] != os.getpid()
