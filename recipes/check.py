@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoProcessor
 
 from recipes.loading import Recipe
 from recipes.schema import LADAPORecipe, SFTRecipe
-from rewards.registry import build_rewards
+from rewards.look import look
+from rewards.registry import BUILTIN, build_terms, check_signature
+from rewards.terms import RewardTerm, check_terms, overweight
 from rl.data.manifest import read_manifest
 from rl.data.media import MediaProcessor
 from rl.errors import ObjectiveError, PolicyError, RecipeError
@@ -36,6 +38,8 @@ class Plan:
     head: HeadConfig
     is_policy: bool  # whether `policy.path` is a policy already
     as_it_is: bool  # whether training starts from exactly that policy
+    rewards: list[RewardTerm]  # none in SFT
+    warnings: list[str]  # what is allowed, and probably not meant
 
 
 def check_recipe(recipe: Recipe) -> Plan:
@@ -50,6 +54,7 @@ def check_recipe(recipe: Recipe) -> Plan:
     protocol, head = _protocol(recipe, settings), _head(recipe, settings)
     train, validation, evaluation = _samples(recipe)
     _check_objective(recipe, protocol)
+    rewards, warnings = _check_rewards(recipe, train)
     if len(train) < (needed := _rows_needed(recipe)):
         key = "train.prompts_per_step" if isinstance(recipe, LADAPORecipe) else "train.batch_size"
         raise RecipeError(
@@ -72,6 +77,8 @@ def check_recipe(recipe: Recipe) -> Plan:
         head,
         settings is not None,
         protocol == own,
+        rewards,
+        warnings,
     )
 
 
@@ -186,7 +193,6 @@ def _check_objective(recipe: Recipe, protocol: LatentProtocol) -> None:
     from recipes.configs import trainer_config  # here, because it loads the trainers
 
     if isinstance(recipe, LADAPORecipe):
-        build_rewards(reward_specs(recipe))
         train = recipe.train
         if protocol.noise_scale == 0.0 and (train.latent_alpha > 0.0 or train.latent_beta > 0.0):
             raise ObjectiveError(
@@ -222,6 +228,35 @@ def _check_lessons(
         )
 
 
-def reward_specs(recipe: LADAPORecipe) -> list[dict[str, Any]]:
-    """The recipe's rewards as `build_rewards` takes them."""
-    return [spec.model_dump(exclude_none=True) for spec in recipe.rewards]
+def reward_terms(recipe: LADAPORecipe) -> list[RewardTerm]:
+    """The recipe's rewards. Nothing of a user's is imported."""
+    specs = [spec.model_dump(exclude_none=True) for spec in recipe.rewards]
+    for spec in specs:
+        if spec["use"] == "latent_alignment":  # its tower is the starting policy's
+            spec["options"] = {"policy": recipe.policy.path, **spec["options"]}
+    return build_terms(specs)
+
+
+def _check_rewards(recipe: Recipe, samples: Sequence[Sample]) -> tuple[list[RewardTerm], list[str]]:
+    """The rewards, and what is to be said about them. Those of users are imported, each in a
+    process of its own. Raises `RecipeError` naming the reward.
+    """
+    if not isinstance(recipe, LADAPORecipe):
+        return [], []
+    terms = reward_terms(recipe)
+    check_terms(terms)
+    manifest = {column for sample in samples for column in sample.extra}
+    ranges = {term.name: term.range for term in terms if term.range is not None}
+    theirs = [
+        (term, spec.use)
+        for term, spec in zip(terms, recipe.rewards, strict=True)
+        if spec.use not in BUILTIN
+    ]
+    targets = [term.seat.target for term, _ in theirs]
+    for (term, use), found in zip(theirs, look(targets), strict=True):
+        if isinstance(found, RecipeError):
+            raise RecipeError(f"reward {term.name!r} (use: {use}): {found}")
+        check_signature(term, found, manifest)
+        if found.range is not None:
+            ranges.setdefault(term.name, found.range)
+    return terms, overweight(terms, ranges)

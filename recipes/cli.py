@@ -84,6 +84,8 @@ def check(recipe: RecipeFile, settings: Settings = None, debug: Debug = False) -
             plan = check_recipe(loaded)
     rows = {"training": plan.train, "validation": plan.validation, "evaluation": plan.evaluation}
     counts = ", ".join(f"{len(samples)} for {name}" for name, samples in rows.items() if samples)
+    for warning in plan.warnings:
+        typer.echo(f"note: {warning}")
     typer.echo(f"{recipe} is fine: rows {counts}; runs to {loaded.output}")
 
 

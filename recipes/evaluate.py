@@ -20,6 +20,9 @@ _CHUNK = 256  # requests handed over at once: progress shows between chunks
 _HEADINGS = {"free": "free", "always": "forced", "never": "forbidden"}
 
 
+Outcomes = Callable[[Sequence[TrajectoryGroup]], Sequence[Sequence[float]]]
+
+
 class Sampler(Protocol):
     """What evaluation needs: a pool or a single engine."""
 
@@ -108,12 +111,15 @@ def evaluate(
     *,
     by: str | None = None,
     advance: Callable[[int], None] = lambda _count: None,
+    outcomes: Outcomes | None = None,
 ) -> Evaluation:
     """Answer every sample greedily in each mode.
 
     `by` names a manifest column to break the figures down by (`DataError` if rows lack it);
-    `advance` is told how many answers have come in.
+    `advance` is told how many answers have come in. `outcomes` decides what is right (1, 0, NaN for
+    no value), by default `rewards.accuracy`.
     """
+    outcomes = outcomes or _by_rule
     if by is not None and (lacking := [s.id for s in samples if by not in s.extra]):
         raise DataError(
             f"sample {lacking[0]!r} and {len(lacking) - 1} others have no column {by!r} to break "
@@ -123,27 +129,34 @@ def evaluate(
     parts: dict[str, dict[str, Score]] = {}
     for mode in modes:
         sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens, imagine=mode)
-        answers: list[tuple[Sample, Trajectory]] = []
+        answers: list[tuple[Sample, Trajectory, float]] = []
         for start in range(0, len(samples), _CHUNK):
             # A greedy trajectory uses no random number, so any seed will do.
             requests = [RolloutRequest(s, (0,), sampling) for s in samples[start : start + _CHUNK]]
-            answers += [(g.sample, g.trajectories[0]) for g in pool.generate(requests)]
+            groups = pool.generate(requests)
+            for group, (outcome,) in zip(groups, outcomes(groups), strict=True):
+                answers.append((group.sample, group.trajectories[0], outcome))
             advance(len(requests))
         scores[mode] = _score(answers)
         if by is not None:
             values = sorted({str(s.extra[by]) for s in samples}, key=_numbers_first)
             parts[mode] = {
-                v: _score([pair for pair in answers if str(pair[0].extra[by]) == v]) for v in values
+                v: _score([row for row in answers if str(row[0].extra[by]) == v]) for v in values
             }
     return Evaluation(scores, by, parts)
 
 
-def _score(answers: Sequence[tuple[Sample, Trajectory]]) -> Score:
-    outcomes = [accuracy(t.text, s.answer, s.options) for s, t in answers]
-    trajectories = [t for _, t in answers]
+def _by_rule(groups: Sequence[TrajectoryGroup]) -> list[list[float]]:
+    verdicts = [[accuracy(t.text, g.sample.answer, g.sample.options) for t in g] for g in groups]
+    return [[math.nan if value is None else value for value in row] for row in verdicts]
+
+
+def _score(answers: Sequence[tuple[Sample, Trajectory, float]]) -> Score:
+    outcomes = [outcome for _, _, outcome in answers]
+    trajectories = [t for _, t, _ in answers]
     return Score(
         answers=len(answers),
-        judged=sum(o is not None for o in outcomes),
+        judged=sum(not math.isnan(o) for o in outcomes),
         right=sum(o == 1.0 for o in outcomes),
         imagining=_mean(t.imagined for t in trajectories),
         spans=_mean(len(t.span_lengths) for t in trajectories),

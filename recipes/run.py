@@ -5,37 +5,43 @@ reading.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from transformers import AutoProcessor, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from recipes.callbacks import MetricsFile, TrainingProgress, Validation
-from recipes.check import Plan, check_recipe, media_processor, reward_specs
+from recipes.check import Plan, check_recipe, media_processor
 from recipes.configs import lora_config, trainer_config, uses_gpu, with_adapters
 from recipes.evaluate import Evaluation, evaluate
 from recipes.loading import Recipe
 from recipes.run_folder import RunFolder
-from recipes.sampling import evaluate_with_bar, gpu_share, start_pool
+from recipes.sampling import (
+    engine_on,
+    evaluate_with_bar,
+    local_engine,
+    reward_set,
+    rollout_pool,
+)
 from recipes.schema import LADAPORecipe
-from rewards.registry import build_rewards
+from rewards.scorer import RewardSet
 from rl.checkpoints import last_complete, read_state
-from rl.data.media import LocalMedia, MediaProcessor
+from rl.data.media import MediaProcessor
 from rl.errors import CheckpointError
 from rl.export import export_policy, is_policy, save_policy, whole_folder
 from rl.policy.model import load_policy, make_policy
+from rl.records import write_record
 from rl.weights import weight_update
 from rollouts.pool import RolloutPool
-from rollouts.transformers_engine import TransformersEngine
-from rollouts.worker import EngineSpec
 
-_SIDE_BY_SIDE = 32  # answers of an engine in the trainer's own process (SFT)
+if TYPE_CHECKING:
+    from rl.la_dapo import ScoredRollout
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> RunResult:
 
     # 1. Everything that can be wrong is found here, before anything is written or started.
     plan = check_recipe(recipe)
+    for warning in plan.warnings:
+        console.print(f"[yellow]note[/]: {escape(warning)}", soft_wrap=True)
     run.claim(recipe)
 
     # 2. Where to go on.
@@ -79,10 +87,13 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> RunResult:
     set_seed(recipe.seed)
     start = _start_policy(recipe, plan, run, console)
     media = media_processor(recipe, AutoProcessor.from_pretrained(start))
-    with _pool(recipe, media, start, console) as pool:
+    with (
+        rollout_pool(recipe, media, start, console) as pool,
+        reward_set(recipe, plan, run, console) as rewards,
+    ):
         if found.step < recipe.train.max_steps:
             policy = load_policy(start, dtype=getattr(torch, recipe.policy.dtype))
-            _train(recipe, plan, run, policy, media, pool, found.checkpoint, console)
+            _train(recipe, plan, run, policy, media, pool, rewards, found.checkpoint, console)
             del policy
             gc.collect()  # the trainer and its callbacks refer to each other
             if torch.cuda.is_available():
@@ -94,7 +105,7 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> RunResult:
             export_policy(last, run.policy, base=start, overwrite=True)
 
         # 5. How good it is.
-        figures = _evaluate(recipe, plan, run, media, pool, console)
+        figures = _evaluate(recipe, plan, run, media, pool, rewards, console)
 
     _write_result(recipe, run, figures)
     return RunResult(run.root, run.policy, recipe.train.max_steps, found.step or None, figures)
@@ -119,8 +130,11 @@ def _finished(recipe: Recipe, run: RunFolder, done: dict[str, Any], console: Con
     elif plan is not None:
         console.print("the recipe's evaluation has changed since: evaluating again")
         media = media_processor(recipe, AutoProcessor.from_pretrained(run.policy))
-        with _pool(recipe, media, str(run.policy), console) as pool:
-            figures = _evaluate(recipe, plan, run, media, pool, console)
+        with (
+            rollout_pool(recipe, media, str(run.policy), console) as pool,
+            reward_set(recipe, plan, run, console) as rewards,
+        ):
+            figures = _evaluate(recipe, plan, run, media, pool, rewards, console)
         _write_result(recipe, run, figures)
     return RunResult(run.root, run.policy, done["steps"], None, figures)
 
@@ -155,6 +169,7 @@ def _train(
     policy: Any,
     media: MediaProcessor,
     pool: RolloutPool | None,
+    rewards: RewardSet | None,
     checkpoint: Path | None,
     console: Console,
 ) -> None:
@@ -169,16 +184,17 @@ def _train(
     if isinstance(recipe, LADAPORecipe):
         from rl.la_dapo import LADAPOTrainer
 
-        assert pool is not None
+        assert pool is not None and rewards is not None
         trainer = LADAPOTrainer(
             policy,
             rollouts=pool,
-            scorer=build_rewards(reward_specs(recipe)),
+            scorer=rewards,
             samples=plan.train,
             args=trainer_config(recipe),
             processing_class=media.processor,
             peft_config=lora_config(recipe.train.lora),
             callbacks=callbacks,
+            recorder=_recorder(recipe, run, rewards),
         )
     else:
         from rl.sft.trainer import LatentSFTTrainer
@@ -190,12 +206,14 @@ def _train(
     for callback in (PrinterCallback, ProgressCallback):  # ours shows more in less space
         trainer.remove_callback(callback)
 
+    outcomes = None if rewards is None else rewards.outcomes
+
     def answers() -> Evaluation:
         length, samples = recipe.train.max_completion_length, plan.validation
         if pool is not None:
             trainer.sync_weights()
-            return evaluate(pool, samples, ("free",), length)
-        with _answering(recipe, trainer.policy, media) as engine:
+            return evaluate(pool, samples, ("free",), length, outcomes=outcomes)
+        with engine_on(recipe, trainer.policy, media) as engine:
             return evaluate(engine, samples, ("free",), length)
 
     if validation is not None:
@@ -204,6 +222,31 @@ def _train(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         progress.stop()
+
+
+def _recorder(
+    recipe: LADAPORecipe, run: RunFolder, rewards: RewardSet
+) -> Callable[[ScoredRollout], object] | None:
+    """Keeps what was sampled and how it was scored, as often as the recipe says."""
+    every, latents_every = recipe.train.record_every, recipe.train.record_latents_every
+    weights = dict(zip(rewards.names, rewards.weights, strict=True))
+
+    def record(rollout: ScoredRollout) -> None:
+        arrays = latents_every is not None and rollout.step % latents_every == 0
+        if arrays or (every is not None and rollout.step % every == 0):
+            write_record(
+                run.trajectories,
+                rollout.step,
+                [c.group for c in rollout.groups],
+                rollout.scores,
+                trained=[c.trained for c in rollout.groups],
+                advantages=rollout.advantages,
+                weights=weights,
+                arrays=arrays,
+                rollout=rollout.number,
+            )
+
+    return None if every is None and latents_every is None else record
 
 
 def _start_policy(recipe: Recipe, plan: Plan, run: RunFolder, console: Console) -> str:
@@ -225,68 +268,13 @@ def _start_policy(recipe: Recipe, plan: Plan, run: RunFolder, console: Console) 
     return str(run.start)
 
 
-@contextmanager
-def _pool(
-    recipe: Recipe, media: MediaProcessor, start: str, console: Console
-) -> Iterator[RolloutPool | None]:
-    """The workers that sample; None for a stage that samples nothing."""
-    if not isinstance(recipe, LADAPORecipe):
-        yield None
-        return
-    settings = recipe.rollouts
-    gpus = settings.gpus_per_worker
-    if gpus is None:
-        there = torch.cuda.device_count() if uses_gpu(recipe) else 0
-        gpus = gpu_share(settings.workers, there)
-    dtype = settings.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if gpus else "float32"
-    spec = EngineSpec(
-        policy=start,
-        dtype=dtype,
-        device="cuda" if gpus else "cpu",
-        max_batch_size=settings.max_batch_size,
-        default_frames=recipe.data.default_frames,
-        system_prompt=recipe.data.system_prompt,
-        threads=max(1, int(settings.cpus_per_worker)),
-    )
-    with start_pool(
-        spec,
-        media,
-        settings.workers,
-        console,
-        address=settings.ray.address,
-        timeout=settings.timeout_s,
-        media_capacity=recipe.data.media_cache,
-        cpus_per_worker=settings.cpus_per_worker,
-        gpus_per_worker=gpus,
-    ) as pool:
-        yield pool
-
-
-def _engine(
-    recipe: Recipe, policy: Any, media: MediaProcessor, device: torch.device | str
-) -> TransformersEngine:
-    clips = LocalMedia(media, recipe.data.media_cache)
-    return TransformersEngine(policy, media, clips, max_batch_size=_SIDE_BY_SIDE, device=device)
-
-
-@contextmanager
-def _answering(recipe: Recipe, policy: Any, media: MediaProcessor) -> Iterator[TransformersEngine]:
-    """An engine on a policy that is being trained, in its own process."""
-    training = policy.training
-    try:
-        yield _engine(recipe, policy, media, policy.device)
-    finally:
-        policy.train(training)
-
-
 def _evaluate(
     recipe: Recipe,
     plan: Plan,
     run: RunFolder,
     media: MediaProcessor,
     pool: RolloutPool | None,
+    rewards: RewardSet | None,
     console: Console,
 ) -> dict[str, Any] | None:
     """Show and return the figures of the run's policy; None without an evaluation in the recipe."""
@@ -297,12 +285,13 @@ def _evaluate(
         pool.update_weights(weight_update(trained, recipe.train.max_steps))
     device = "cuda" if uses_gpu(recipe) else "cpu"
     evaluation = evaluate_with_bar(
-        pool or _engine(recipe, trained, media, device),
+        pool or local_engine(recipe, trained, media, device),
         plan.evaluation,
         recipe.evaluation.modes,
         recipe.train.max_completion_length,
         console,
         by=recipe.evaluation.by,
+        outcomes=None if rewards is None else rewards.outcomes,
     )
     console.print(evaluation.table())
     return evaluation.to_dict()

@@ -4,6 +4,8 @@ recipe.yaml         the recipe with all its defaults
 start/              the policy the run started from, if it had to be made
 checkpoints/        checkpoint-<step>/, whole once they hold their state file
 metrics.jsonl       one line a log
+trajectories/       what was sampled, and every reward of it, a file a step
+faults.jsonl        what went wrong with rewards, if anything did
 policy/             the trained policy
 result.json         written last: the run is finished
 """
@@ -14,6 +16,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,8 @@ class RunFolder:
         self.start = root / START
         self.checkpoints = root / CHECKPOINTS
         self.metrics = root / "metrics.jsonl"
+        self.trajectories = root / "trajectories"
+        self.faults = root / "faults.jsonl"
         self.policy = root / POLICY
         self._result = root / "result.json"
 
@@ -115,6 +120,8 @@ def differing_keys(stored: Any, recipe: Recipe) -> list[str]:
 
 
 def _differences(a: Any, b: Any, prefix: str) -> Iterator[str]:
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, dict) and isinstance(b, dict) and (a and b):
         for key in a.keys() | b.keys():
             yield from _differences(a.get(key), b.get(key), f"{prefix}{key}.")
@@ -123,7 +130,7 @@ def _differences(a: Any, b: Any, prefix: str) -> Iterator[str]:
 
 
 def _harmless(key: str, recipe: Recipe) -> bool:
-    return any(key == h or key.startswith(h + ".") for h in recipe.HARMLESS)
+    return any(fnmatch(key, pattern) or fnmatch(key, f"{pattern}.*") for pattern in recipe.HARMLESS)
 
 
 def _step(line: str) -> int:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from rewards.registry import PATH_OPTIONS
 from rl.objective import Reduction
 from rl.policy.heads import HeadKind
 from rl.policy.protocol import Density, Imagine
@@ -152,13 +153,64 @@ class RolloutsSection(Section):
 
 
 class RewardSection(Section):
-    """One reward by name; `rewards.registry` knows which there are."""
+    """One reward; `foresight rewards list` shows which there are."""
 
-    use: str = Field(description="Name of the reward, such as accuracy.")
+    use: str = Field(
+        description="A name such as accuracy, file.py:function, or package.module:function."
+    )
+    name: str | None = Field(
+        default=None, description="What it is called in logs; null: as it is called where it is."
+    )
     weight: float | None = Field(
-        default=None, description="Weight in the sum; null: the reward's own."
+        default=None, description="Weight in the sum; null: the reward's own, 0.1 for a user's."
     )
     options: dict[str, Any] = Field(default={}, description="Options of the reward.")
+    outcome: bool | None = Field(
+        default=None,
+        description="Whether it decides right and wrong; null: accuracy does, if no other is said "
+        "to.",
+    )
+    range: tuple[float, float] | None = Field(
+        default=None, description="Values outside are invalid; null: the reward's own, if any."
+    )
+    timeout_s: Positive | None = Field(
+        default=None,
+        description="Deadline of a call over all trajectories of a step; null: the reward's own, "
+        "60 for a user's.",
+    )
+    memory_mb: Count | None = Field(
+        default=None,
+        description="What its process may take beyond its imports; null: 8192 for a user's, "
+        "else no limit.",
+    )
+    gpus: NotNegative = Field(default=0.0, description="GPUs of its process, or a share of one.")
+
+    @field_validator("use")
+    @classmethod
+    def _file_beside_recipe(cls, use: str, info: ValidationInfo) -> str:
+        where, _, attribute = use.rpartition(":")
+        return f"{_beside_recipe(Path(where), info)}:{attribute}" if where.endswith(".py") else use
+
+    @field_validator("options")
+    @classmethod
+    def _paths_beside_recipe(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        names = PATH_OPTIONS.get(info.data.get("use", ""), ())
+        paths = {key: value for key, value in options.items() if key in names and value is not None}
+        return options | {k: str(_beside_recipe(Path(str(v)), info)) for k, v in paths.items()}
+
+
+class ScoringSection(Section):
+    """How the rewards of a trajectory become what is learned from."""
+
+    gate_shaping: bool = Field(
+        default=True,
+        description="Shaping teaches nothing in groups that are all right or all wrong.",
+    )
+    max_invalid: Share = Field(
+        default=0.5,
+        description="Stop when more of a reward's values, over the last 4 steps, are invalid; 1: "
+        "never.",
+    )
 
 
 class LoraSection(Section):
@@ -243,7 +295,11 @@ class LADAPOSection(TrainSection):
     """LA-DAPO (`rl.la_dapo`). One step samples, filters and learns once."""
 
     RENAMED: ClassVar[dict[str, str]] = TrainSection.RENAMED | {"group_size": "num_generations"}
-    APART: ClassVar[frozenset[str]] = TrainSection.APART | {"prompts_per_step"}
+    APART: ClassVar[frozenset[str]] = TrainSection.APART | {
+        "prompts_per_step",
+        "record_every",
+        "record_latents_every",
+    }
 
     max_steps: Count = Field(
         default=312, description="Updates (Future-L1: 20K samples, 64 a step)."
@@ -300,11 +356,19 @@ class LADAPOSection(TrainSection):
     )
     filter_groups: bool = Field(
         default=True,
-        description="Drop groups by filter_low and filter_high; false: shaping teaches in all.",
+        description="Drop groups by filter_low and filter_high; false: all are trained on.",
     )
     max_mismatch: Positive | None = Field(
         default=None,
         description="Stop when replay differs from the sampler by more (log-prob); null: go on.",
+    )
+    record_every: Count | None = Field(
+        default=1,
+        description="Steps between records of all trajectories with their rewards; null: none.",
+    )
+    record_latents_every: Count | None = Field(
+        default=20,
+        description="Steps between records that hold latents too; null: none.",
     )
 
     @property
@@ -407,6 +471,12 @@ class LADAPORecipe(_Recipe):
         "rollouts.cpus_per_worker",
         "rollouts.gpus_per_worker",
         "rollouts.timeout_s",
+        "rewards.*.timeout_s",
+        "rewards.*.memory_mb",
+        "rewards.*.gpus",
+        "scoring.max_invalid",
+        "train.record_every",
+        "train.record_latents_every",
     }
 
     stage: Literal["la_dapo"] = Field(description="Selects this stage.")
@@ -419,6 +489,9 @@ class LADAPORecipe(_Recipe):
             for name in ("accuracy", "format", "outcome_contrastive", "temporal_diversity")
         ],
         description="What is rewarded, with LA-DAPO's weights unless given.",
+    )
+    scoring: ScoringSection = Field(
+        default=ScoringSection(), description="What becomes of the rewards."
     )
     train: LADAPOSection = Field(default=LADAPOSection(), description="LA-DAPO's settings.")
 

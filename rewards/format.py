@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from rewards.text import LATENT_END, LATENT_START, Completion, completion_text, replace_spans
 from rl.errors import RecipeError
 
-Grammar = Literal["any", "reason_first", "answer"]
+Grammar = Literal["any", "reason_first", "latent_first", "answer"]
 
 SPAN = "\x00"  # stands for a collapsed span; no tokenizer decodes to it
 TAG = re.compile(r"</?(?:reason|answer)>")
@@ -24,7 +24,11 @@ BLOCK = re.compile(
     r"|<reason>(?P<R>(?:(?!</?(?:reason|answer)>)[^\x00])*)</reason>"
     r"|<answer>(?P<A>(?:(?!</?(?:reason|answer)>)[^\x00])*)</answer>"
 )
-SHAPE = {"any": re.compile(r"R?(?:LR)+A"), "reason_first": re.compile(r"R(?:LR)+A")}
+SHAPE = {
+    "any": re.compile(r"R?(?:LR)+A"),
+    "reason_first": re.compile(r"R(?:LR)+A"),
+    "latent_first": re.compile(r"(?:LR)+A"),
+}
 
 
 def format_reward(
@@ -41,6 +45,7 @@ def format_reward(
 
     - "any": ``(L R)+ A`` or ``R (L R)+ A``, so at least one span;
     - "reason_first": ``R (L R)+ A`` only;
+    - "latent_first": ``(L R)+ A`` only;
     - "answer": exactly one well-formed A, at the end; spans and any other text may precede it.
 
     `start` and `end` are the span markers. Range: {0, 1}.

@@ -23,6 +23,8 @@ SPEC_KEYS = (
 PLUGIN_WEIGHT = 0.1
 PLUGIN_TIMEOUT = 60.0  # seconds
 PLUGIN_MEMORY = 8192  # MiB
+# Options of built-in rewards that are paths; in a recipe they start from its folder.
+PATH_OPTIONS = {"judge": ("template", "cache"), "latent_alignment": ("policy",)}
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _build(spec: Mapping[str, Any], where: str, folder: Path, marked: bool) -> R
         range=spec.get("range") or (builtin.span(options) if builtin else None),
         timeout_s=spec.get("timeout_s") or (builtin.timeout_s if builtin else PLUGIN_TIMEOUT),
         process="formulas" if builtin and not builtin.alone else None,
-        memory_mb=spec.get("memory_mb", memory),
+        memory_mb=spec.get("memory_mb") or memory,
         gpus=gpus,
     )
 

@@ -145,7 +145,7 @@ class RewardSet:
     def outcomes(self, groups: Sequence[TrajectoryGroup]) -> list[list[float]]:
         """1 for right, 0 for wrong, NaN for invalid: one list a group, one value a trajectory."""
         batch = group_batch(groups)
-        (scored,) = self._score([self.outcome], batch).values()
+        (scored,) = self.run([self.outcome], batch).values()
         for column, values in self._extras.items():
             for t, value in zip((t for g in groups for t in g), values, strict=True):
                 self._outcome_extras.setdefault(id(t), {})[column] = value
@@ -176,7 +176,7 @@ class RewardSet:
             controls = [[list(s)] * len(g) for g, s in zip(groups, shuffled, strict=True)]
             batch = batch.with_column("shuffled_outcomes", controls)
         flat = batch.columns["outcomes"]
-        scored = self._score(self.shaping, batch)
+        scored = self.run(self.shaping, batch)
         self._gather_extras([t for g in groups for t in g])
         self._ledger.check(scored)
         components = {self.outcome.name: batch.split(flat)}
@@ -214,8 +214,10 @@ class RewardSet:
 
     # -- one batch ---------------------------------------------------------------------------------
 
-    def _score(self, terms: Sequence[RewardTerm], batch: Batch) -> dict[str, Scored]:
-        """Processes work side by side; the rewards of one process one after the other."""
+    def run(self, terms: Sequence[RewardTerm], batch: Batch) -> dict[str, Scored]:
+        """What each of `terms` gives for a batch, without a view to the others. Processes work side
+        by side, the rewards of one process one after the other.
+        """
         self.start()
         self._extras = {}
         if not len(batch):

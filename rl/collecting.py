@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -103,6 +103,25 @@ class GroupCollector:
                 return Collected(kept + dropped[:missing], refills, reasons)
             pending, refills = self._refill(missing), refills + 1
 
+    def shuffled(
+        self, groups: Sequence[TrajectoryGroup], size: int, sampling: Sampling, place: str
+    ) -> list[list[float]]:
+        """A control without the order of the frames (T-GRPO of Video-R1): for each group, the
+        outcomes [size] of as many trajectories of its sample that saw its frames in another order.
+
+        The order is random, one a group, and never the ascending one. A clip that shows one frame,
+        or one frame over and over, has no other order: its control sees what the group saw. `place`
+        decides order and seeds as in `collect`.
+        """
+        requests = []
+        for i, group in enumerate(groups):
+            here = f"{place}/shuffled/{i}/{group.sample.id}"
+            (seed,) = self._seeds(f"{here}/order", 1)
+            frames = _disordered(group.trajectories[0].media[0].frames, seed)
+            sample = replace(group.sample, frames=frames)
+            requests.append(RolloutRequest(sample, self._seeds(here, size), sampling))
+        return [list(row) for row in self._scorer.outcomes(self._rollouts.generate(requests))]
+
     def _refill(self, count: int) -> list[Sample]:
         """The next `count` prompts of this process, each process with its own."""
         drawn = []
@@ -119,3 +138,12 @@ class GroupCollector:
             return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
 
         return tuple(seed(member) for member in range(size))
+
+
+def _disordered(frames: Sequence[int], seed: int) -> tuple[int, ...]:
+    """`frames` in a random order other than the ascending one, if they have one."""
+    ascending, rng = tuple(sorted(frames)), np.random.default_rng(seed)
+    order = ascending
+    while order == ascending and len({*frames}) > 1:
+        order = tuple(int(frame) for frame in rng.permutation(ascending))
+    return order

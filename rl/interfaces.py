@@ -94,7 +94,11 @@ class Scorer(Protocol):
 
     names: Sequence[str]  # one a reward, the outcome first
     weights: Sequence[float]
-    wants_shuffled: bool  # whether `score` needs the outcomes of a control with shuffled frames
+
+    @property
+    def wants_shuffled(self) -> bool:
+        """Whether `score` needs the outcomes of a control with shuffled frames."""
+        ...
 
     def begin(self, state: Any) -> None:
         """Where training is (transformers' `TrainerState`), for what is scored from here on."""

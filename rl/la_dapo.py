@@ -133,7 +133,7 @@ class LADAPOTrainer(GRPOTrainer):
         warnings.filterwarnings("ignore", message=".*rollout_func.*", category=UserWarning)
         super().__init__(
             model=model,
-            reward_funcs=[_scored_already] * len(scorer.names),
+            reward_funcs=[_scored_already for _ in scorer.names],
             args=args,
             train_dataset=_dataset(samples),
             eval_dataset=_dataset(eval_samples) if eval_samples else None,
@@ -468,7 +468,7 @@ def _check(model: Any, args: LADAPOConfig) -> None:
         )
 
 
-def _scored_already(**_: Any) -> list[float]:
+def _scored_already(**_: Any) -> list[float | None]:
     """Stands where TRL wants a reward function. Never called: see `_calculate_rewards`."""
     raise NotImplementedError
 

@@ -71,7 +71,11 @@ class MediaProcessor:
         return MediaKey(sample.video, indices, self.fingerprint)
 
     def process(self, key: MediaKey) -> Media:
-        """Decode and process one clip. Raises `VideoError`, which names the file."""
+        """Decode and process one clip. Raises `VideoError`, which names the file.
+
+        Frames are shown in the order of the key, but always under ascending times: Qwen3-VL writes
+        them into the prompt, where they would give away the order that shuffled frames hide.
+        """
         if key.processor != self.fingerprint:
             raise DataError(
                 f"{key.path}: the key was made by processor {key.processor}, this one is "
@@ -86,15 +90,16 @@ class MediaProcessor:
                 f"{len(key.frames)} frames of {info.height}x{info.width} pixels ({error}); show "
                 "more frames or re-encode the video"
             ) from error
+        times = sorted(key.frames)
         metadata = VideoMetadata(
             total_num_frames=info.frames,
             fps=info.fps,
-            frames_indices=list(key.frames),  # a fresh list: the processor pads it in place
+            frames_indices=list(times),  # a fresh list: the processor pads it in place
         )
         placeholder = self.processor.replace_video_token(
             {"video_grid_thw": inputs["video_grid_thw"], "video_metadata": [metadata]}, 0
         )
-        return Media(key, inputs, placeholder, tuple(i / info.fps for i in key.frames))
+        return Media(key, inputs, placeholder, tuple(i / info.fps for i in times))
 
     def process_frames(
         self,
@@ -224,8 +229,9 @@ def _spacing(indices: Sequence[int]) -> float:
 
     transformers divides the length of the whole file by the number of frames shown. That is the
     same for frames sampled all over the file, and wrong for a clip that shows only its beginning.
+    The order of the frames does not matter.
     """
-    return (indices[-1] - indices[0]) / (len(indices) - 1) if len(indices) > 1 else 1.0
+    return (max(indices) - min(indices)) / (len(indices) - 1) if len(indices) > 1 else 1.0
 
 
 def _require_video(processor: Any) -> None:

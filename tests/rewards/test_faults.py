@@ -76,7 +76,7 @@ def test_a_slow_leak_loses_nothing(tmp_path):
     with isolated(spec("leaks", memory_mb=256, timeout_s=30.0), tmp_path=tmp_path) as rewards:
         seen = [score(rewards, "good", "fine")[0].components["leaks"] for _ in range(6)]
     # Two calls fit, the third does not; its groups are scored one by one in a new process.
-    assert seen == [[1.0, 1.0], [2.0, 2.0]] + [[1.0, 1.0]] + seen[3:]
+    assert seen == [[1.0, 1.0], [2.0, 2.0], [1.0, 1.0], *seen[3:]]
     assert not np.isnan(seen).any()
     assert "MemoryError" in (tmp_path / "faults.jsonl").read_text()
 

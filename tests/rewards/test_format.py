@@ -51,6 +51,8 @@ def test_markers_are_those_of_the_default_protocol():
 def test_cases(text, span, reason_first, answer):
     assert format_reward(text) == span
     assert format_reward(text, grammar="reason_first") == reason_first
+    # Either span grammar starts with one of the two, and no text with both.
+    assert format_reward(text, grammar="latent_first") == span - reason_first
     assert format_reward(text, grammar="answer") == answer
 
 
@@ -77,6 +79,7 @@ def test_every_sentence_of_the_grammar_is_accepted_and_nothing_near_it(first, pa
     text = "".join(parts)
     assert format_reward(text) == float(pairs > 0)
     assert format_reward(text, grammar="reason_first") == float(first and pairs > 0)
+    assert format_reward(text, grammar="latent_first") == float(not first and pairs > 0)
     assert format_reward(text, grammar="answer") == 1.0
     assert format_reward("".join(parts[:-1])) == 0.0  # without the answer
     assert format_reward(text + "x") == 0.0

@@ -2,10 +2,19 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
+import torch
 
 from rl.collecting import GroupCollector
-from rl.trajectory import RolloutRequest, Sample, Sampling, TrajectoryGroup
+from rl.trajectory import (
+    MediaKey,
+    RolloutRequest,
+    Sample,
+    Sampling,
+    Trajectory,
+    TrajectoryGroup,
+)
 
 SAMPLES = [Sample(f"s{i}", "clip.mp4", "?", "A") for i in range(10)]
 
@@ -98,3 +107,67 @@ def test_seeds_are_all_different(size):
     made.collect(SAMPLES, size, Sampling(), "0", filtering=False)
     seeds = [s for r in rollouts.asked[0] for s in r.seeds]
     assert len(set(seeds)) == len(seeds) == 10 * size
+
+
+def seen(sample: Sample, frames: tuple[int, ...]) -> TrajectoryGroup:
+    """A group of one trajectory that was shown `frames`, which its sample does not list."""
+    trajectory = Trajectory(
+        sample_id=sample.id,
+        prompt_ids=np.array([0]),
+        completion_ids=np.array([1]),
+        decision=np.ones(1, dtype=np.int8),
+        logprobs=np.zeros(1, dtype=np.float32),
+        latents=torch.zeros(0, 2),
+        latent_logprobs=np.zeros(0),
+        span_lengths=(),
+        filler=9,
+        media=(MediaKey(sample.video, frames, "p"),),
+        policy_version=0,
+        finish_reason="stop",
+        sampling=Sampling(),
+        seed=0,
+        text="",
+    )
+    return TrajectoryGroup(sample, (trajectory,))
+
+
+def test_the_control_sees_the_same_frames_in_another_order():
+    made, rollouts = collector()
+    sampling = Sampling(temperature=0.7)
+    groups = [seen(sample, (0, 3, 6, 9)) for sample in SAMPLES]
+    outcomes = made.shuffled(groups, 4, sampling, "train/3")
+    assert outcomes == [[1.0, float(i % 2 == 0)] for i in range(10)]  # what the scorer said of each
+    (asked,) = rollouts.asked
+    assert [(r.sample.id, r.sample.video, r.sample.answer) for r in asked] == [
+        (s.id, s.video, s.answer) for s in SAMPLES
+    ]
+    orders = [r.sample.frames for r in asked]
+    assert all(sorted(order) == [0, 3, 6, 9] and order != (0, 3, 6, 9) for order in orders)
+    assert len(set(orders)) > 3  # each group has an order of its own
+    assert all(type(frame) is int for order in orders for frame in order)  # as in a manifest
+    assert {r.sampling for r in asked} == {sampling}
+    seeds = [s for r in asked for s in r.seeds]
+    assert len(set(seeds)) == len(seeds) == 40
+
+
+def test_the_control_is_the_same_at_the_same_place_and_has_seeds_of_its_own():
+    groups = [seen(sample, (0, 1, 2, 3, 4, 5)) for sample in SAMPLES]
+    asked = []
+    for place in ("train/3", "train/3", "train/4"):
+        made, rollouts = collector()
+        made.shuffled(groups, 2, Sampling(), place)
+        made.collect(SAMPLES, 2, Sampling(), place, filtering=False)
+        asked.append(rollouts.asked)
+    assert asked[0] == asked[1]
+    assert asked[0][0] != asked[2][0]
+    control, ordered = ({s for r in requests for s in r.seeds} for requests in asked[0])
+    assert not control & ordered
+
+
+@pytest.mark.parametrize(
+    ("frames", "order"), [((7,), (7,)), ((2, 2), (2, 2)), ((0, 5), (5, 0)), ((5, 0), (5, 0))]
+)
+def test_the_control_of_a_clip_with_few_orders(frames, order):
+    made, rollouts = collector()
+    made.shuffled([seen(SAMPLES[0], frames)] * 8, 1, Sampling(), "0")
+    assert [r.sample.frames for r in rollouts.asked[0]] == [order] * 8

@@ -103,6 +103,30 @@ def test_timestamps_in_the_prompt_are_the_file_s(samples: list[Sample]) -> None:
     assert media.placeholder == f"<0.6 seconds>{pair}<0.8 seconds>{pair}"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shuffled_frames_are_shown_under_the_times_of_the_ordered_ones(
+    samples: list[Sample], family: Family
+) -> None:
+    processor = MediaProcessor(tiny_processor(family))
+    ordered, shuffled = (
+        processor.process(processor.key(samples[3], frames=frames))
+        for frames in [(0, 2, 5, 7), (7, 0, 5, 2)]
+    )
+    assert shuffled.key.frames == (7, 0, 5, 2)
+    assert shuffled.placeholder == ordered.placeholder
+    assert shuffled.timestamps == ordered.timestamps == (0.0, 0.25, 0.625, 0.875)
+    for name in ordered.inputs.keys() - {"pixel_values_videos"}:
+        torch.testing.assert_close(shuffled.inputs[name], ordered.inputs[name], rtol=0, atol=0)
+    pixels, same_pixels = (
+        shuffled.inputs["pixel_values_videos"],
+        processor.process_frames(
+            [read_frames(samples[3].video, (7, 0, 5, 2))], 8.0, [(0, 2, 5, 7)]
+        )["pixel_values_videos"],
+    )
+    torch.testing.assert_close(pixels, same_pixels, rtol=0, atol=0)  # in the order of the key
+    assert (pixels - ordered.inputs["pixel_values_videos"]).abs().max() > 0.1
+
+
 def test_seconds_per_grid_are_those_of_the_frames_shown(samples: list[Sample]) -> None:
     processor = MediaProcessor(tiny_processor("qwen2_5_vl"))
     # Two frames a grid step at 8 frames a second, though the file goes on after the frames shown.
