@@ -8,7 +8,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -32,6 +32,7 @@ from recipes.sampling import (
 from recipes.schema import LADAPORecipe
 from rewards.scorer import RewardSet
 from rl.checkpoints import last_complete, read_state
+from rl.collecting import ScoredRollout
 from rl.data.media import MediaProcessor
 from rl.errors import CheckpointError
 from rl.export import export_policy, is_policy, save_policy, whole_folder
@@ -39,9 +40,6 @@ from rl.policy.model import load_policy, make_policy
 from rl.records import write_record
 from rl.weights import weight_update
 from rollouts.pool import RolloutPool
-
-if TYPE_CHECKING:
-    from rl.la_dapo import ScoredRollout
 
 
 @dataclass(frozen=True)

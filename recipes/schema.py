@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from rewards.registry import PATH_OPTIONS
+from rewards.registry import PATH_OPTIONS, SERVING_OPTIONS
 from rl.objective import Reduction
 from rl.policy.heads import HeadKind
 from rl.policy.protocol import Density, Imagine
@@ -29,6 +29,12 @@ NotNegative = Annotated[float, Field(ge=0.0)]
 def _beside_recipe(path: Path, info: ValidationInfo) -> Path:
     folder = (info.context or {}).get("folder", Path.cwd())
     return Path(folder, path.expanduser()).resolve()
+
+
+def _local_or_hub(path: str, info: ValidationInfo) -> str:
+    local = _beside_recipe(Path(path), info)
+    on_hub = path.count("/") == 1 and not path.startswith((".", "/", "~")) and "\\" not in path
+    return path if on_hub and not local.exists() else str(local)
 
 
 RecipePath = Annotated[Path, AfterValidator(_beside_recipe)]
@@ -79,10 +85,8 @@ class PolicySection(Section):
 
     @field_validator("path")
     @classmethod
-    def _local_or_hub(cls, path: str, info: ValidationInfo) -> str:
-        local = _beside_recipe(Path(path), info)
-        on_hub = path.count("/") == 1 and not path.startswith((".", "/", "~")) and "\\" not in path
-        return path if on_hub and not local.exists() else str(local)
+    def _beside_recipe_or_on_hub(cls, path: str, info: ValidationInfo) -> str:
+        return _local_or_hub(path, info)
 
 
 class DataSection(Section):
@@ -195,8 +199,8 @@ class RewardSection(Section):
     @classmethod
     def _paths_beside_recipe(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         names = PATH_OPTIONS.get(info.data.get("use", ""), ())
-        paths = {key: value for key, value in options.items() if key in names and value is not None}
-        return options | {k: str(_beside_recipe(Path(str(v)), info)) for k, v in paths.items()}
+        paths = {k: v for k, v in options.items() if k in names and v not in (None, "auto")}
+        return options | {k: _local_or_hub(str(v), info) for k, v in paths.items()}
 
 
 class ScoringSection(Section):
@@ -474,6 +478,7 @@ class LADAPORecipe(_Recipe):
         "rewards.*.timeout_s",
         "rewards.*.memory_mb",
         "rewards.*.gpus",
+        *(f"rewards.*.options.{name}" for name in SERVING_OPTIONS),
         "scoring.max_invalid",
         "train.record_every",
         "train.record_latents_every",

@@ -53,12 +53,14 @@ def make_batch(
     samples: Sequence[Sample],
     texts: Sequence[Sequence[str]],
     trajectories: Sequence[Any] | None,
+    extras: Sequence[Sequence[Mapping[str, Any]]] | None = None,
 ) -> Batch:
     """The columns of groups of completions: `texts[g]` are those of `samples[g]`.
 
     `trajectories`, all of them in order, give the columns `trajectories` and `completion_ids`;
-    completions that were only written down have neither. Raises `DataError` for a manifest column
-    that has a name of ours.
+    completions that were only written down have neither. `extras[g]` are the manifest columns of
+    each completion, where those of a group need not be equal; else they are the sample's. Raises
+    `DataError` for a manifest column that has a name of ours.
     """
     rows = [(g, sample) for g, sample in enumerate(samples) for _ in texts[g]]
     columns: dict[str, list[Any]] = {
@@ -76,12 +78,15 @@ def make_batch(
     if trajectories is not None:
         columns["completion_ids"] = [t.completion_ids.tolist() for t in trajectories]
         columns["trajectories"] = list(trajectories)
-    extra = dict.fromkeys(key for sample in samples for key in sample.extra)
+    if extras is None:
+        extras = [[sample.extra] * len(group) for sample, group in zip(samples, texts, strict=True)]
+    own = [extra for group in extras for extra in group]
+    extra = dict.fromkeys(key for row in own for key in row)
     if taken := sorted((columns.keys() | RESERVED) & extra.keys()):
         raise DataError(
             f"manifest columns {taken} have names that rewards get from Foresight; rename them"
         )
-    columns |= {key: [s.extra.get(key) for _, s in rows] for key in extra}
+    columns |= {key: [row.get(key) for row in own] for key in extra}
     return Batch(columns, tuple(len(group) for group in texts))
 
 

@@ -106,9 +106,8 @@ def is_maths(text: str) -> bool:
 def same_numbers(reference: Number, given: Number) -> bool:
     """Equal values, and a word in common if both have words beside them ("3 km", "3 km away").
 
-    Integers are compared exactly, others to six decimals and to one part in 100,000, so that
-    0.333333 is 1/3. A percent sign on one side only stands for a factor of 100 or for nothing:
-    25 % is 1/4 and 25.
+    Equal to six decimals and to one part in 100,000, so that 0.333333 is 1/3 and 1e-7 not 2e-7. A
+    percent sign on one side only stands for a factor of 100 or for nothing: 25 % is 1/4 and 25.
     """
     if reference.units and given.units and {*reference.units}.isdisjoint(given.units):
         return False
@@ -119,8 +118,6 @@ def same_numbers(reference: Number, given: Number) -> bool:
 
 
 def _close(a: Fraction, b: Fraction) -> bool:
-    if a.denominator == b.denominator == 1:
-        return a == b
     gap = abs(a - b)
     return gap <= Fraction(1, 2 * 10**6) and gap * 10**5 <= max(abs(a), abs(b))
 
@@ -131,7 +128,7 @@ def same_maths(reference: str, given: str) -> bool | None:
 
     Each side is a formula, with or without LaTeX delimiters, or a plain number. math-verify stops
     after `SECONDS` by a signal, which only the main thread gets; elsewhere whoever called must
-    bound the time. What takes longer ("9^9^9^9") is not equal.
+    bound the time. What takes longer ("9^{9^{9^9}}") is not equal.
     """
     gold = _expression(reference)
     if gold is None:

@@ -25,6 +25,10 @@ PLUGIN_TIMEOUT = 60.0  # seconds
 PLUGIN_MEMORY = 8192  # MiB
 # Options of built-in rewards that are paths; in a recipe they start from its folder.
 PATH_OPTIONS = {"judge": ("template", "cache"), "latent_alignment": ("policy",)}
+# Options that say where and how a judge is reached; they may change while a run is interrupted.
+SERVING_OPTIONS = (
+    "base_url", "api_key_env", "concurrency", "retries", "timeout_s", "patience_s", "cache",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,9 @@ def _build(spec: Mapping[str, Any], where: str, folder: Path, marked: bool) -> R
     options = dict(spec.get("options") or {})
     if builtin is not None:
         _check_builtin(builtin, options, f"{where} ({name})")
+    timeout = spec.get("timeout_s") or (builtin.timeout_s if builtin else PLUGIN_TIMEOUT)
+    if use == "judge":
+        _bound_patience(options, timeout, f"{where} ({name})")
     outcome = spec.get("outcome")
     if outcome is None:
         outcome = builtin is not None and not builtin.shaping and not marked
@@ -122,11 +129,21 @@ def _build(spec: Mapping[str, Any], where: str, folder: Path, marked: bool) -> R
         shaping=not outcome,
         options=options,
         range=spec.get("range") or (builtin.span(options) if builtin else None),
-        timeout_s=spec.get("timeout_s") or (builtin.timeout_s if builtin else PLUGIN_TIMEOUT),
+        timeout_s=timeout,
         process="formulas" if builtin and not builtin.alone else None,
         memory_mb=spec.get("memory_mb") or memory,
         gpus=gpus,
     )
+
+
+def _bound_patience(options: dict[str, Any], timeout: float, where: str) -> None:
+    """A judge must be done before its deadline, or what it was answered would be lost with it."""
+    patience = options.setdefault("patience_s", min(300.0, 0.8 * timeout))
+    if patience >= timeout:
+        raise RecipeError(
+            f"{where}: option patience_s is {patience:g} seconds and the reward's timeout_s "
+            f"{timeout:g}; patience_s must be lower, or answers that came in time would be lost"
+        )
 
 
 def _number(spec: Mapping[str, Any], key: str, where: str, default: float) -> float:

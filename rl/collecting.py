@@ -11,11 +11,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 
-from rl.interfaces import Rollouts, Scorer
-from rl.objective import judge_group
+from rl.interfaces import GroupScores, Rollouts, Scorer
+from rl.objective import Reason, judge_group
 from rl.trajectory import RolloutRequest, Sample, Sampling, TrajectoryGroup
 
 
@@ -39,6 +40,19 @@ class Collected:
     groups: list[CollectedGroup]
     refills: int
     reasons: Counter[str]
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """What one step trains on: N groups with their scores, and TRL's advantages of their
+    trajectories laid end to end. `number` counts the rollouts of a step.
+    """
+
+    step: int
+    number: int
+    groups: list[CollectedGroup]
+    scores: list[GroupScores]
+    advantages: list[float]
 
 
 class GroupCollector:
@@ -138,6 +152,21 @@ class GroupCollector:
             return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
 
         return tuple(seed(member) for member in range(size))
+
+
+def rollout_metrics(collected: Collected, step: int) -> dict[str, float]:
+    """What to log about a rollout of update `step`: groups by verdict, latents, staleness."""
+    trajectories = [t for c in collected.groups for t in c.group]
+    lag = [step - t.policy_version for t in trajectories]
+    return {
+        "groups/refills": collected.refills,
+        "groups/trained": float(np.mean([c.trained for c in collected.groups])),
+        **{f"groups/{reason}": collected.reasons[reason] for reason in get_args(Reason)},
+        "latents/share_imagining": float(np.mean([t.imagined for t in trajectories])),
+        "latents/spans": float(np.mean([len(t.span_lengths) for t in trajectories])),
+        "latents/per_completion": float(np.mean([len(t.latents) for t in trajectories])),
+        "rollouts/staleness": float(np.mean(lag)),
+    }
 
 
 def _disordered(frames: Sequence[int], seed: int) -> tuple[int, ...]:

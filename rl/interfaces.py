@@ -79,14 +79,12 @@ class GroupScores:
 class ScoringLog:
     """What scoring has to say beside the scores, since it was last asked.
 
-    `metrics` are numbers by name, in the order they were logged; `extras` columns of the completions
-    table, one value a trajectory of the last `Scorer.score`; `faults` what went wrong, as plain
-    values for a file.
+    `metrics` are numbers by name, in the order they were logged; `extras` columns of the
+    completions table, one value a trajectory of the last `Scorer.score`.
     """
 
     metrics: list[tuple[str, float]] = field(default_factory=list)
     extras: dict[str, list[Any]] = field(default_factory=dict)
-    faults: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Scorer(Protocol):

@@ -18,10 +18,8 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather, is_peft_model
 from datasets import Dataset
@@ -30,12 +28,11 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rl.checkpoints import CompleteCheckpoints, read_state
-from rl.collecting import Collected, CollectedGroup, GroupCollector
+from rl.collecting import CollectedGroup, GroupCollector, ScoredRollout, rollout_metrics
 from rl.errors import ObjectiveError, PolicyError, SyncError
 from rl.interfaces import GroupScores, Rollouts, Scorer
 from rl.la_dapo_config import LADAPOConfig
 from rl.latent_term import MEANS, latent_term
-from rl.objective import Reason
 from rl.policy.model import LatentPolicy
 from rl.policy.protocol import Slot
 from rl.reward_table import reward_table
@@ -59,19 +56,6 @@ TRL_MEMBERS: dict[str, tuple[str, ...]] = {
     "_log_metric": ("self", "name", "value"),
     "_log_completion_extra": ("self", "column", "values"),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ScoredRollout:
-    """What one step trains on: N groups with their scores, and TRL's advantages of their
-    trajectories laid end to end. `number` counts the rollouts of a step.
-    """
-
-    step: int
-    number: int
-    groups: list[CollectedGroup]
-    scores: list[GroupScores]
-    advantages: list[float]
 
 
 class LADAPOTrainer(GRPOTrainer):
@@ -240,7 +224,8 @@ class LADAPOTrainer(GRPOTrainer):
             out["ref_per_token_logps"], out["reference_means"] = self._score_reference(
                 trajectories, out
             )
-        self._log_rollouts(collected, trajectories, mode)
+        for name, value in rollout_metrics(collected, self.state.global_step).items():
+            self._metrics[mode][name].append(value)
         if self._recorder is not None and mode == "train":
             advantages = out["advantages"].tolist()
             step = self.state.global_step
@@ -267,24 +252,6 @@ class LADAPOTrainer(GRPOTrainer):
     ) -> torch.Tensor:
         assert self._rewards is not None
         return _gather(self._rewards.to(self.accelerator.device))
-
-    def _log_rollouts(
-        self, collected: Collected, trajectories: Sequence[Trajectory], mode: str
-    ) -> None:
-        metrics = self._metrics[mode]
-        metrics["groups/refills"].append(collected.refills)
-        metrics["groups/trained"].append(float(np.mean([c.trained for c in collected.groups])))
-        for reason in get_args(Reason):
-            metrics[f"groups/{reason}"].append(collected.reasons[reason])
-        metrics["latents/share_imagining"].append(
-            float(np.mean([t.imagined for t in trajectories]))
-        )
-        metrics["latents/spans"].append(float(np.mean([len(t.span_lengths) for t in trajectories])))
-        metrics["latents/per_completion"].append(
-            float(np.mean([len(t.latents) for t in trajectories]))
-        )
-        lag = self.state.global_step - np.array([t.policy_version for t in trajectories])
-        metrics["rollouts/staleness"].append(float(lag.mean()))
 
     # -- replay: TRL asks for log-probs, we score the stored trajectories --------------------------
 

@@ -250,7 +250,9 @@ def test_one_refused_request_does_not_speak_for_the_others():
     with serving(
         lambda prompt, number: Reply(status=400) if "endless" in prompt else Reply(YES)
     ) as s:
-        values = ask(judge(s.base_url), [*(f"endless {i}" for i in range(20)), "it drops"])
+        values = ask(
+            judge(s.base_url, concurrency=1), [*(f"endless {i}" for i in range(20)), "it drops"]
+        )
     assert all("answered 400" in value.reason for value in values[:-1])
     assert values[-1] == 1.0
 
@@ -397,11 +399,13 @@ def test_damage_met_while_reading(tmp_path: Path):
     content = bytearray(path.read_bytes())
     content[8192:] = b"\xff" * (len(content) - 8192)  # all but the schema and one root page
     path.write_bytes(content)
-    with JudgeCache(path) as cache:
+    with JudgeCache(path), JudgeCache(path) as cache:  # someone else has it open
         with pytest.warns(UserWarning, match="damaged"):
             assert cache.get([f"key {i}" for i in range(400)]) == {}
         cache.put("a", "x")
         assert cache.get(["a"]) == {"a": "x"}
+        # The log that belongs to the damaged file went with it.
+        assert path.with_name("judge.sqlite.damaged-1-wal").exists()
     assert path.with_name("judge.sqlite.damaged-1").read_bytes() == bytes(content)
 
 

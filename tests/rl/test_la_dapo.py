@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from rewards.registry import build_terms
 from rewards.scorer import RewardSet
 from rewards.terms import RewardTerm
 from rl.checkpoints import STATE_FILE, last_complete
@@ -372,3 +373,52 @@ def test_evaluation_samples_without_filtering(build, world):
     metrics = trainer.evaluate(_dataset(world[2][:2]))
     assert metrics["eval_groups/trained"] == 1.0
     assert 0.0 <= metrics["eval_rewards/outcome/mean"] <= 1.0
+
+
+def test_a_control_with_shuffled_frames_is_sampled_when_a_reward_asks(build):
+    """T-GRPO: half as many trajectories, the same frames in another order, after the filter."""
+    terms = [RewardTerm("outcome", coin, 1.0, shaping=False)]
+    terms += build_terms([{"use": "temporal_order", "name": "order"}])
+    trainer = build(scorer=RewardSet(terms), max_steps=1)
+    asked, generate = [], trainer.rollouts.generate
+    trainer.rollouts.generate = lambda requests: asked.append(requests) or generate(requests)
+    seen = watched(trainer)
+    trainer.train()
+    ordered, control = asked
+    assert [len(r.seeds) for r in ordered] == [SIZE] * 2
+    assert [len(r.seeds) for r in control] == [SIZE // 2] * 2
+    for straight, mixed in zip(ordered, control, strict=True):
+        assert straight.sample.id == mixed.sample.id
+        assert sorted(mixed.sample.frames) == list(straight.sample.frames)
+        assert mixed.sample.frames != straight.sample.frames
+    assert len(seen["trajectories"]) == 2 * SIZE  # the control is not trained on
+    assert {tuple(sorted(t.media[0].frames)) for t in seen["trajectories"]} == {
+        t.media[0].frames for t in seen["trajectories"]
+    }
+    assert 0.0 <= logs(trainer)[0]["rewards/order/mean"] <= 1.0
+
+
+def test_a_trajectory_with_an_invalid_outcome_is_not_trained_on(build):
+    def outcome(completions, **_):
+        return [[None, 0.0, 1.0, 1.0][i % SIZE] for i in range(len(completions))]
+
+    trainer = build(scorer=rewards(outcome), max_steps=1)
+    seen = watched(trainer)
+    trainer.train()
+    mask = (seen["completion_mask"] * seen["tool_mask"]).any(1)
+    assert mask.sum() == 2 * (SIZE - 1) and (seen["advantages"][~mask] == 0).all()
+
+
+def test_every_rollout_is_recorded_with_its_advantages(build):
+    kept = []
+    trainer = build(max_steps=2)
+    trainer._recorder = kept.append
+    trainer.train()
+    assert [(r.step, r.number) for r in kept] == [(0, 0), (1, 0)]
+    for rollout in kept:
+        assert len(rollout.groups) == len(rollout.scores) == 2
+        for i, scores in enumerate(rollout.scores):
+            own = rollout.advantages[i * SIZE : (i + 1) * SIZE]
+            right = [a for a, o in zip(own, scores.outcome, strict=True) if o == 1.0]
+            wrong = [a for a, o in zip(own, scores.outcome, strict=True) if o == 0.0]
+            assert not (right and wrong) or min(right) > 0 > max(wrong)
