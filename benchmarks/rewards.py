@@ -2,13 +2,15 @@
 
 Groups of 16, each trajectory with 64 latents of width 4096 in bfloat16 (4 spans of 16) and a text
 of 200 words. Beside the outcome-contrastive reward stands the same formula written out pair by
-pair and step by step, on the same data; both must agree.
+pair and step by step, on the same data; both must agree. The last line is the same batch through
+the whole pipeline: put into Ray's object store, scored in another process, counted and split.
 
 OMP_NUM_THREADS=1 python -m benchmarks.rewards
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,10 +22,12 @@ import torch
 from rewards.format import format_rewards
 from rewards.length import length_rewards
 from rewards.outcome_contrastive import outcome_contrastive_rewards
+from rewards.registry import build_terms
 from rewards.repetition import repetition_rewards
+from rewards.scorer import RewardSet
 from rewards.temporal_diversity import temporal_diversity_rewards
 from rewards.temporal_order import temporal_order_rewards
-from rl.trajectory import Sampling, Trajectory
+from rl.trajectory import Sample, Sampling, Trajectory, TrajectoryGroup
 
 GROUPS, SIZE = 32, 16
 SPANS, STEPS, WIDTH = 4, 16, 4096
@@ -130,6 +134,23 @@ def best(function: Callable[[], Any], tries: int = 3) -> float:
     return min(times)
 
 
+def through_processes(trajectories: Sequence[Trajectory], control: list[list[float]]) -> float:
+    """Seconds of `RewardSet.score` with all shaping rewards, in the process they share."""
+    import ray
+
+    sample = Sample("sample", "clip.mp4", "Where?", "B", options=("left", "right"))
+    starts = range(0, len(trajectories), SIZE)
+    groups = [TrajectoryGroup(sample, tuple(trajectories[i : i + SIZE])) for i in starts]
+    ray.init(num_cpus=1, include_dashboard=False, logging_level=logging.WARNING)
+    try:
+        terms = build_terms([{"use": name} for name in ("accuracy", *REWARDS)])
+        with RewardSet(terms, isolated=True) as rewards:
+            outcomes = rewards.outcomes(groups)
+            return best(lambda: rewards.score(groups, outcomes, control))
+    finally:
+        ray.shutdown()
+
+
 def main() -> None:
     torch.set_num_threads(1)
     columns = batch()
@@ -142,6 +163,8 @@ def main() -> None:
         total += seconds[name]
         print(f"| {name} | {seconds[name]:.4f} |")
     print(f"| sum | {total:.4f} |")
+    control = columns["shuffled_outcomes"][::SIZE]
+    print(f"| in their process | {through_processes(columns['trajectories'], control):.4f} |")
     reference = best(lambda: naive(columns), tries=1)
     ours = outcome_contrastive_rewards(**columns)
     gap = max(abs(a - b) for a, b in zip(naive(columns), ours, strict=True) if b is not None)

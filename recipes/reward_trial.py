@@ -140,14 +140,14 @@ class Trial:
     def _table(self, width: int) -> Table:
         shown = self.rows[:ROWS]
         names = min(max(len(row.id) for row in shown), width // 5)
-        last = max(8, *(min(len(row.reason), REASON) for row in shown))
+        last = max(8, len(self.reward), *(min(len(row.reason), REASON) for row in shown))
         last = min(last, width * 2 // 5)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         table.add_column("sample", width=max(names, 6), no_wrap=True)
         table.add_column("", width=1)
         table.add_column("completion", no_wrap=True)
         table.add_column(self.reward, width=last, no_wrap=True, justify="right")
-        room = max(width - max(names, 6) - last - 11, 10)
+        room = max(width - max(names, 6) - last - 9, 10)
         before = None
         for row in shown:
             name = Text(_clean(row.id) if row.group != before else "", style="cyan")
@@ -166,9 +166,10 @@ class Trial:
                  f"{found['invalid']} invalid", style="red" if found["invalid"] else ""),
         ]  # fmt: skip
         if found["values"]:
-            means = [f"mean {found['mean']:.4g} (from {found['min']:.4g} to {found['max']:.4g})"]
+            low, high = _number(found["min"]), _number(found["max"])
+            means = [f"mean {_number(found['mean'])} (from {low} to {high})"]
             means += [
-                f"of {name} answers {found[f'mean_{name}']:.4g}"
+                f"of {name} answers {_number(found[f'mean_{name}'])}"
                 for name in ("right", "wrong")
                 if found[f"mean_{name}"] is not None
             ]
@@ -176,12 +177,12 @@ class Trial:
             lines.append(self._weighed(found))
         if self.by_rule:
             lines.append(Text("the file says of no row whether it is right; `accuracy` was asked"))
-        lines += [Text(f"logged {_clean(name)}: {value:.4g}") for name, value in self.metrics]
+        lines += [Text(f"logged {_clean(name)}: {_number(value)}") for name, value in self.metrics]
         return lines
 
     def _weighed(self, found: dict[str, Any]) -> Text:
         line = Text(
-            f"largest difference within a group {found['spread']:.4g} "
+            f"largest difference within a group {_number(found['spread'])} "
             f"(sample {_clean(found['spread_sample'])!r})"
         )
         if self.outcome_weight is None:
@@ -226,6 +227,10 @@ def _null(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _number(value: float) -> str:
+    return f"{value + 0.0:.4g}"  # without the sign of a zero
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
@@ -239,7 +244,7 @@ def _mark(outcome: float) -> Text:
 def _value(row: TriedRow) -> Text:
     if row.reason:
         return Text(_clean(" ".join(row.reason.split())), style="red", overflow="ellipsis")
-    return Text("none", style="dim") if math.isnan(row.value) else Text(f"{row.value:.4g}")
+    return Text("none", style="dim") if math.isnan(row.value) else Text(_number(row.value))
 
 
 def _clean(text: str) -> str:
@@ -251,7 +256,7 @@ def _middle(text: str, room: int) -> str:
     """On one line of `room` characters, latents counted, the middle left out: an answer stands at
     the end.
     """
-    text = SPAN.sub(lambda found: f"[{found[1].count('<|')} latents]", _clean(text))
+    text = SPAN.sub(lambda found: f"[{_count(found[1].count('<|'), 'latent')}]", _clean(text))
     text = " ".join(text.split())
     if len(text) <= room:
         return text

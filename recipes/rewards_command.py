@@ -6,8 +6,10 @@ import json
 import logging
 import math
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +17,20 @@ import yaml
 from rich.console import Console
 
 from recipes.reward_trial import Trial, TriedRow
-from recipes.run_folder import RunFolder
 from rewards.batch import Batch, make_batch
 from rewards.functions import Signature
 from rewards.look import look
-from rewards.registry import (
-    PATH_OPTIONS,
-    build_terms,
-    check_signature,
-)
+from rewards.registry import PATH_OPTIONS, build_terms, check_signature
 from rewards.scorer import RewardSet
 from rewards.terms import RewardTerm
 from rl.errors import DataError, RecipeError
 from rl.record_rows import MARK
 from rl.records import NAME, RecordedGroup, find_records, read_record
 
+# As in `recipes.run_folder`, which takes seconds to import.
+RECIPE, TRAJECTORIES = "recipe.yaml", "trajectories"
 RULE = "accuracy by rule"  # judges where the file does not say what is right
+FLUSH = 0.5  # seconds until what a reward printed has come here
 # What a record has only where latents were recorded.
 ARRAYS = ("trajectories", "completion_ids")
 
@@ -89,6 +89,9 @@ def _run(
     console: Console,
 ) -> Trial:
     (rule,) = build_terms([{"use": "accuracy", "name": RULE}])
+    # One process for both: a second one takes seconds to start, and the rule is done before.
+    term = replace(term, process="trial")
+    rule = replace(rule, process="trial", memory_mb=term.memory_mb)
     terms = [rule, term] if term.shaping else [term]
     outcomes = [value for group in groups for value in group.outcome]
     with _quiet(), RewardSet(terms, isolated=True, faults=notes) as rewards:
@@ -129,7 +132,9 @@ def _run(
         seconds=sum(value for name, value in log.metrics if name == f"{own}seconds"),
         weight=term.weight,
         outcome_weight=rule.weight if term.shaping else None,
-        metrics=tuple((name, value) for name, value in log.metrics if not name.startswith(own)),
+        metrics=tuple(
+            (n, v) for n, v in log.metrics if not n.startswith((own, f"rewards/{RULE}/"))
+        ),
         faults=tuple(
             fault for line in faults if (fault := json.loads(line))["reward"] == term.name
         ),
@@ -151,7 +156,7 @@ def _options(use: str, texts: Sequence[str], path: Path) -> dict[str, Any]:
     for key in PATH_OPTIONS.get(use, ()):
         if key in options and Path(str(options[key])).exists():
             options[key] = str(Path(str(options[key])).resolve())
-    recipe = RunFolder(path).recipe
+    recipe = path / RECIPE
     if use == "latent_alignment" and "policy" not in options and recipe.is_file():
         # As in training: the model that the run started from.
         options["policy"] = yaml.safe_load(recipe.read_text(encoding="utf-8"))["policy"]["path"]
@@ -162,6 +167,11 @@ def _term(use: str, options: Mapping[str, Any], timeout: float | None) -> Reward
     spec: dict[str, Any] = {"use": use, "options": options}
     if timeout is not None:
         spec["timeout_s"] = timeout
+    where = use.rpartition(":")[0]
+    if where.endswith(".py") and not (file := Path(where).expanduser()).is_file():
+        raise RecipeError(
+            f"{use!r}: there is no file {file.resolve()}; paths start from the current folder"
+        )
     try:
         (term,) = build_terms([spec])
     except RecipeError as error:
@@ -206,8 +216,7 @@ def _files(path: Path, step: int | None, *, prefer_arrays: bool) -> list[Path]:
 
 def _steps(path: Path) -> tuple[Path, dict[int, list[Path]]]:
     """The folder of records of a run, or `path` itself, and its files by step."""
-    run = RunFolder(path)
-    folder = run.trajectories if run.trajectories.is_dir() else path
+    folder = path / TRAJECTORIES if (path / TRAJECTORIES).is_dir() else path
     steps: dict[int, list[Path]] = {}
     for file in find_records(folder):
         name = NAME.fullmatch(file.name)
@@ -233,7 +242,7 @@ def _without_arrays(term: RewardTerm, lacking: Sequence[str], path: Path, step: 
         )
     if step is not None and (whole := _with_arrays(_steps(path)[1])):
         known = ", ".join(map(str, whole))
-        return f"{told}the record of step {step} does not have; the steps {known} do: choose --step"
+        return f"{told}the record of step {step} does not have; choose a --step that has: {known}"
     return (
         f"{told}no record in {path} has; set train.record_latents_every in the recipe, and runs "
         "keep them for every so many steps"
@@ -275,6 +284,7 @@ def _ray(console: Console) -> Iterator[None]:
         ray.init(num_cpus=1, include_dashboard=False, logging_level=logging.WARNING)
     try:
         yield
+        time.sleep(FLUSH)
     finally:
         ray.shutdown()
 

@@ -67,8 +67,8 @@ class LADAPOConfig(GRPOConfig):
     filter_groups: bool = field(
         default=True,
         metadata={
-            "help": "Train only on groups that filter_low and filter_high keep. Without it shaped "
-            "rewards also teach in groups that are all right or all wrong."
+            "help": "Train only on groups that filter_low and filter_high keep; without it on all. "
+            "Whether shaping teaches where all are right or all wrong is for the scorer to say."
         },
     )
     max_mismatch: float | None = field(

@@ -40,6 +40,22 @@ def test_whole_and_picklable(trajectory):
     assert again.media == trajectory.media
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_latents_survive_pickling_to_the_bit(trajectory, dtype):
+    latents = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0)).to(dtype)[::500, 2:6]
+    whole = dataclasses.replace(trajectory, latents=latents)
+    stored = pickle.dumps(whole)
+    again = pickle.loads(stored).latents
+    assert torch.equal(again, latents) and again.dtype == dtype
+    assert len(stored) < 4000  # not the tensor that it is a view of
+    again += 1  # what came out of an object store may be written to
+    nothing = {"completion_ids": np.array([7, 8, 3, 3, 3]), "span_lengths": ()}
+    empty = dataclasses.replace(
+        trajectory, **nothing, latents=latents[:0], latent_logprobs=np.array([])
+    )
+    assert pickle.loads(pickle.dumps(empty)).latents.shape == (0, 4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
