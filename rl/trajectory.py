@@ -123,13 +123,14 @@ class Trajectory:
         """Latents as bytes in an array, which travels between processes several times faster than a
         tensor does.
         """
-        latents = self.latents.contiguous()
-        return vars(self) | {"latents": (latents.view(torch.uint8).numpy(), latents.dtype)}
+        flat = self.latents.reshape(-1).contiguous().view(torch.uint8).numpy()
+        return vars(self) | {"latents": (flat, self.latents.dtype, tuple(self.latents.shape))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        bytes_LB, dtype = state["latents"]
+        flat, dtype, shape = state["latents"]
         # A copy: what comes from Ray's object store must not be written to.
-        self.__dict__.update(state, latents=torch.from_numpy(bytes_LB.copy()).view(dtype))
+        latents = torch.from_numpy(flat.copy()).view(dtype).reshape(shape)
+        self.__dict__.update(state, latents=latents)
 
     @property
     def imagined(self) -> bool:
