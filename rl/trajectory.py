@@ -13,6 +13,10 @@ from rl.errors import TrajectoryError
 from rl.policy.protocol import Imagine, Slot
 
 
+# numpy has no bfloat16: latents are pickled as integers with the same bits.
+_SAME_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 @dataclass(frozen=True)
 class MediaKey:
     """Names one processed clip without holding a pixel."""
@@ -120,17 +124,17 @@ class Trajectory:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Latents as bytes in an array, which travels between processes several times faster than a
-        tensor does.
+        """Latents as an array, which travels between processes several times faster than a tensor
+        does.
         """
-        flat = self.latents.reshape(-1).contiguous().view(torch.uint8).numpy()
-        return vars(self) | {"latents": (flat, self.latents.dtype, tuple(self.latents.shape))}
+        dtype = self.latents.dtype
+        bits = self.latents.contiguous().view(_SAME_SIZE[dtype.itemsize]).numpy()
+        return vars(self) | {"latents": (bits, dtype)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        flat, dtype, shape = state["latents"]
+        bits, dtype = state["latents"]
         # A copy: what comes from Ray's object store must not be written to.
-        latents = torch.from_numpy(flat.copy()).view(dtype).reshape(shape)
-        self.__dict__.update(state, latents=latents)
+        self.__dict__.update(state, latents=torch.from_numpy(bits.copy()).view(dtype))
 
     @property
     def imagined(self) -> bool:
