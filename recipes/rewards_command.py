@@ -18,9 +18,9 @@ from rich.console import Console
 
 from recipes.reward_trial import Trial, TriedRow
 from rewards.batch import Batch, make_batch
-from rewards.functions import Signature
+from rewards.functions import Signature, load, read_signature
 from rewards.look import look
-from rewards.registry import PATH_OPTIONS, build_terms, check_signature
+from rewards.registry import BUILTIN, PATH_OPTIONS, build_terms, check_signature
 from rewards.scorer import RewardSet
 from rewards.terms import RewardTerm
 from rl.errors import DataError, RecipeError
@@ -57,7 +57,7 @@ def try_reward(
     console = console or Console(stderr=True)
     term = _term(use, _options(use, options, path), timeout)
     with console.status("importing the reward"):
-        signature = _signature(term)
+        signature = _signature(use, term)
     if "shuffled_outcomes" in signature.required:
         raise RecipeError(
             f"reward {term.name!r} compares with a control that saw the frames in a random order "
@@ -181,8 +181,10 @@ def _term(use: str, options: Mapping[str, Any], timeout: float | None) -> Reward
     return term
 
 
-def _signature(term: RewardTerm) -> Signature:
+def _signature(use: str, term: RewardTerm) -> Signature:
     """What it takes, read without importing anything of a user's here."""
+    if use in BUILTIN:
+        return read_signature(load(BUILTIN[use].target))
     (found,) = look([term.seat.target])
     if isinstance(found, RecipeError):
         raise RecipeError(f"reward {term.name!r}: {found}")

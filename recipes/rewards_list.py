@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Sequence
-from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from rewards.functions import installed, load, read_signature
+from rewards.functions import Signature, installed, load, read_signature
 from rewards.look import look
 from rewards.registry import BUILTIN, PLUGIN_WEIGHT
 from rl.errors import RecipeError
@@ -41,7 +38,9 @@ def rewards_table() -> Table:
             f"{builtin.weight:g}",
             _span(builtin.span({})),
             # What their functions say is about columns; what is rewarded, their modules say.
-            _described(_sentence(sys.modules[function.__module__].__doc__), _defaults(function)),
+            _described(
+                _sentence(sys.modules[function.__module__].__doc__), read_signature(function)
+            ),
         )
     points = installed()
     for point, found in zip(points, look([point.value for point in points]), strict=True):
@@ -50,7 +49,7 @@ def rewards_table() -> Table:
             why = str(found).strip().splitlines()[-1]
             table.add_row(name, "", "", "", Text(f"cannot be imported: {why}", style="red"))
             continue
-        about = _described(_sentence(found.summary), found.options)
+        about = _described(_sentence(found.summary), found)
         if point.name in BUILTIN:
             about.append(f"\nhidden by the built-in one; use {point.value}", style="yellow")
         table.add_row(name, "shaping", f"{PLUGIN_WEIGHT:g}", _span(found.range), about)
@@ -61,8 +60,9 @@ def _named(name: str, origin: str) -> Text:
     return Text.assemble(name, (f"\n{origin}", "not bold dim"))
 
 
-def _described(summary: str, options: Sequence[str]) -> Text:
+def _described(summary: str, signature: Signature) -> Text:
     text = Text(summary)
+    options = [n if v is None else f"{n}={v}" for n, v in signature.options.items()]
     if options:
         text.append(f"{chr(10) if summary else ''}({', '.join(options)})", style="dim")
     return text
@@ -77,12 +77,3 @@ def _sentence(text: str | None) -> str:
 
 def _span(span: tuple[float, float] | None) -> str:
     return "any" if span is None else f"{span[0]:g} to {span[1]:g}"
-
-
-def _defaults(function: Any) -> list[str]:
-    """Its options with their defaults; those without one must be given."""
-    parameters = inspect.signature(function).parameters
-    given = [(name, parameters[name].default) for name in read_signature(function).options]
-    return [
-        name if value is inspect.Parameter.empty else f"{name}={value}" for name, value in given
-    ]

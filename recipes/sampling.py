@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import TrainerState
 
 from recipes.callbacks import progress_bar
 from recipes.check import Plan
@@ -130,6 +131,7 @@ def reward_set(
     try:
         with console.status("starting the rewards"):
             rewards.start()
+            rewards.begin(TrainerState())  # validation may come before the first step
         yield rewards
     finally:
         rewards.close()

@@ -48,10 +48,22 @@ def call_in_parts(
 ) -> tuple[Reply, list[Fault]]:
     """Call a reward over a batch and, if that fails as a whole, over its groups one by one.
 
-    Gives up what is left once `LOSSES` processes or three times the deadline have gone into it.
+    Gives up what is left once `LOSSES` processes, or as many times the deadline, have gone into
+    calls that failed.
     """
-    started = time.monotonic()
-    whole = caller.call(term.name, batch, state, term.timeout_s)
+    losses, wasted = 0, 0.0
+
+    def call(part: Batch) -> Reply:
+        nonlocal losses, wasted
+        started = time.monotonic()
+        reply = caller.call(term.name, part, state, term.timeout_s)
+        if reply.failure is not None:
+            losses += reply.failure in ("hung", "died", "memory", "start")
+            # No more than the deadline: the time a new process takes to start is not the reward's.
+            wasted += min(time.monotonic() - started, term.timeout_s)
+        return reply
+
+    whole = call(batch)
     if whole.failure is None:
         return whole, []
     parts = batch.parts()
@@ -59,17 +71,15 @@ def call_in_parts(
     faults = [_fault(term, whole, batch, len(batch) if alone else 0)]
     if alone:
         return _nothing(len(batch), whole.message), faults
-    losses = int(_lost(whole))
     replies: list[Reply] = []
     for part in parts:
-        if losses >= LOSSES or time.monotonic() - started > LOSSES * term.timeout_s:
+        if losses >= LOSSES or wasted > LOSSES * term.timeout_s:
             given_up = f"given up after it failed again and again: {faults[-1].message}"
             faults.append(Fault(term.name, "given up", given_up, _ids(part), len(part)))
             replies.append(_nothing(len(part), given_up))
             continue
-        reply = caller.call(term.name, part, state, term.timeout_s)
+        reply = call(part)
         if reply.failure is not None:
-            losses += _lost(reply)
             faults.append(_fault(term, reply, part, len(part)))
             reply = _nothing(len(part), reply.message)
         replies.append(reply)
@@ -80,10 +90,6 @@ def call_in_parts(
         [metric for reply in replies for metric in reply.metrics],
         {key: [v for reply in replies for v in reply.extras[key]] for key in sorted(shared)},
     ), faults
-
-
-def _lost(reply: Reply) -> bool:
-    return reply.failure in ("hung", "died", "memory", "start")
 
 
 def _nothing(count: int, reason: str) -> Reply:

@@ -41,15 +41,14 @@ class Signature:
     """What a reward takes and says of itself, as plain values.
 
     `columns` are the keywords it names, `required` those of them without a default, `options` what
-    a recipe may set, `keywords` whether it takes any further column. `range` is an attribute it may
-    have.
+    a recipe may set, with the default as text (None if it must be set), `keywords` whether it takes
+    any further column. `range` is an attribute it may have.
     """
 
     columns: tuple[str, ...]
     required: tuple[str, ...]
-    options: tuple[str, ...]
+    options: dict[str, str | None]
     keywords: bool
-    free_options: bool  # takes options it does not name
     range: tuple[float, float] | None = None
     summary: str = ""
 
@@ -146,19 +145,16 @@ def read_signature(function: Any) -> Signature:
         raise TypeError(f"parameters {positional} are positional only; rewards get keywords")
     keywords = any(p.kind is p.VAR_KEYWORD for p in call.values())
     if is_class:
-        made = list(inspect.signature(function).parameters.values())
-        options = [p.name for p in made if p.kind not in variable]
-        free = any(p.kind is p.VAR_KEYWORD for p in made)
+        made = inspect.signature(function).parameters.values()
+        options = [p for p in made if p.kind not in variable]
     else:
-        options = [p.name for p in named if p.default is not p.empty and p.name not in HANDED]
-        free = keywords
+        options = [p for p in named if p.default is not p.empty and p.name not in HANDED]
     span = getattr(function, "range", None)
     return Signature(
         columns=tuple(p.name for p in named),
         required=tuple(p.name for p in named if p.default is p.empty),
-        options=tuple(options),
+        options={p.name: None if p.default is p.empty else str(p.default) for p in options},
         keywords=keywords,
-        free_options=free,
         range=None if span is None else (float(span[0]), float(span[1])),
         summary=(inspect.getdoc(function) or "").split("\n")[0],
     )

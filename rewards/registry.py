@@ -108,7 +108,7 @@ def _build(spec: Mapping[str, Any], where: str, folder: Path, marked: bool) -> R
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
     builtin = BUILTIN.get(use)
-    name = str(spec.get("name") or (use if builtin else source.attribute))
+    name = str(spec.get("name") or (source.attribute if ":" in use else use))
     options = dict(spec.get("options") or {})
     if builtin is not None:
         _check_builtin(builtin, options, f"{where} ({name})")
@@ -172,13 +172,17 @@ def check_signature(term: RewardTerm, signature: Signature, columns: Iterable[st
     `columns` being those of the manifest. Raises `RecipeError`.
     """
     where = f"reward {term.name!r}"
-    if not signature.free_options:
-        _check_keys(term.options, signature.options, where, "option")
+    # A column may be given as an option too: it is then the same for all trajectories.
+    _check_keys(
+        term.options, dict.fromkeys((*signature.options, *signature.required)), where, "option"
+    )
+    if unset := [n for n, v in signature.options.items() if v is None and n not in term.options]:
+        raise RecipeError(f"{where}: its options {unset} have no default; set them in `options`")
     known = RESERVED | make_batch([], [], []).columns.keys() | {*columns, *term.options}
     if lacking := [name for name in signature.required if name not in known]:
         raise RecipeError(
-            f"{where} asks for {lacking}, which is no column of the manifest and nothing that "
-            f"Foresight hands over; there are {sorted(known)}"
+            f"{where} asks for {lacking}, which is neither a column of the data nor handed over by "
+            f"Foresight; there are {sorted(known)}"
         )
 
 

@@ -79,7 +79,8 @@ class RewardSet:
         self._signatures: dict[str, Signature] = {}
         self._state: dict[str, Any] = {}
         self._metrics: list[tuple[str, float]] = []
-        self._outcome_extras: dict[int, dict[str, Any]] = {}  # by the id() of a trajectory
+        # By the id() of a trajectory: why its outcome is invalid, and what was logged of it.
+        self._judged: dict[int, tuple[str, dict[str, Any]]] = {}
         self._extras: dict[str, list[Any]] = {}
         self._warned: set[str] = set()
 
@@ -140,15 +141,16 @@ class RewardSet:
         """Where training is: handed to rewards, and a round of its own in the counts of faults."""
         self._state = plain_state(state)
         self._ledger.begin(self._state.get("global_step"))
-        self._outcome_extras.clear()
+        self._judged.clear()
+        self._metrics.clear()  # what validation may have left
 
     def outcomes(self, groups: Sequence[TrajectoryGroup]) -> list[list[float]]:
         """1 for right, 0 for wrong, NaN for invalid: one list a group, one value a trajectory."""
         batch = group_batch(groups)
         (scored,) = self.run([self.outcome], batch).values()
-        for column, values in self._extras.items():
-            for t, value in zip((t for g in groups for t in g), values, strict=True):
-                self._outcome_extras.setdefault(id(t), {})[column] = value
+        for place, t in enumerate(t for g in groups for t in g):
+            logged = {column: values[place] for column, values in self._extras.items()}
+            self._judged[id(t)] = scored.reasons[place], logged
         self._ledger.check([self.outcome.name])
         return batch.split(scored.values)
 
@@ -177,10 +179,12 @@ class RewardSet:
             batch = batch.with_column("shuffled_outcomes", controls)
         flat = batch.columns["outcomes"]
         scored = self.run(self.shaping, batch)
-        self._gather_extras([t for g in groups for t in g])
         self._ledger.check(scored)
+        judged = [self._judged.get(id(t), ("", {})) for g in groups for t in g]
+        for column in dict.fromkeys(key for _, logged in judged for key in logged):
+            self._extras.setdefault(column, [logged.get(column) for _, logged in judged])
         components = {self.outcome.name: batch.split(flat)}
-        invalid: dict[str, list[list[str]]] = {}
+        invalid = {self.outcome.name: batch.split([reason for reason, _ in judged])}
         for name, one in scored.items():
             valid = [
                 math.nan if math.isnan(o) else v for v, o in zip(one.values, flat, strict=True)
@@ -227,9 +231,12 @@ class RewardSet:
             by_process.setdefault(id(self._callers[term.name]), []).append(term)
         if not by_process:
             return {}
-        with ThreadPoolExecutor(len(by_process)) as pool:
+        pool = ThreadPoolExecutor(len(by_process))
+        try:
             jobs = [pool.submit(self._in_turn, mine, batch) for mine in by_process.values()]
-        found = {name: reply for job in jobs for name, reply in job.result().items()}
+            found = {name: reply for job in jobs for name, reply in job.result().items()}
+        finally:
+            pool.shutdown(wait=False)  # who interrupts a run must not wait for a deadline
         return {term.name: self._note(term, batch, *found[term.name]) for term in terms}
 
     def _in_turn(
@@ -262,12 +269,6 @@ class RewardSet:
         self._metrics += reply.metrics
         self._extras |= reply.extras
         return Scored(values, reasons)
-
-    def _gather_extras(self, trajectories: Sequence[Any]) -> None:
-        """Columns that the outcome reward logged, brought into the order of the final batch."""
-        known = [self._outcome_extras.get(id(t), {}) for t in trajectories]
-        for column in dict.fromkeys(key for row in known for key in row):
-            self._extras.setdefault(column, [row.get(column) for row in known])
 
     def _watch_spread(
         self, components: Mapping[str, list[list[float]]], gated: Sequence[bool]

@@ -12,7 +12,6 @@ import torch
 from rl.errors import TrajectoryError
 from rl.policy.protocol import Imagine, Slot
 
-
 # numpy has no bfloat16: latents are pickled as integers with the same bits.
 _SAME_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

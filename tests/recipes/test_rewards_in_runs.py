@@ -112,23 +112,22 @@ def test_too_many_invalid_values_stop_a_run_and_it_goes_on_later(
         ({"use": "nowhere.py:f"}, "there is no file"),
         ({"use": "mine.py:gone"}, "has no 'gone'"),
         ({"use": "no_such_package:f"}, "No module named 'no_such_package'"),
-        ({"use": "mine.py:steady", "options": {"depth": 3}}, None),  # it takes **_
-        ({"use": "needs.py:f"}, r"asks for \['solution'\], which is no column of the manifest"),
+        ({"use": "mine.py:steady", "options": {"depth": 3}}, "unknown option 'depth'"),
+        ({"use": "needs.py:Thing"}, r"its options \['size'\] have no default"),
+        ({"use": "needs.py:f"}, r"asks for \['solution'\], which is neither a column of the data"),
         ({"use": "needs.py:g", "options": {"sizee": 1}}, "unknown option 'sizee'; did you mean"),
         ({"use": "broken.py:f"}, "SyntaxError"),
     ],
 )
 def test_check_finds_rewards_that_cannot_work(
-    recipe: Callable[..., Path], reward: dict[str, Any], complaint: str | None
+    recipe: Callable[..., Path], reward: dict[str, Any], complaint: str
 ) -> None:
     path = recipe([reward])
     (path.parent / "needs.py").write_text(
         "def f(completions, solution): ...\ndef g(completions, size=3): ...\n"
+        "class Thing:\n def __init__(self, size): ...\n def __call__(self, completions): ...\n"
     )
     (path.parent / "broken.py").write_text("def f(:")
-    if complaint is None:
-        check_recipe(load_recipe(path))
-        return
     with pytest.raises(RecipeError, match=complaint) as caught:
         check_recipe(load_recipe(path))
     assert reward["use"].split(":")[1] in str(caught.value)

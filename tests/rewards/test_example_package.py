@@ -36,10 +36,10 @@ def test_its_rewards_are_found_and_loaded_from_there(rewards, example_package):
 def test_what_they_say_of_themselves(rewards):
     signatures = {name: read_signature(reward) for name, reward in rewards.items()}
     assert {s.range for s in signatures.values()} == {(0.0, 1.0)}
-    assert {name: s.options for name, s in signatures.items()} == {
-        "brevity": ("words",),
-        "mentions": (),
-        "span_count": ("wanted", "least_change"),
+    assert {name: [*s.options] for name, s in signatures.items()} == {
+        "brevity": ["words"],
+        "mentions": [],
+        "span_count": ["wanted", "least_change"],
     }
     assert "objects" in signatures["mentions"].required
     wants = {name for name, signature in signatures.items() if signature.wants("trajectories")}

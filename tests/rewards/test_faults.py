@@ -1,5 +1,6 @@
 """Rewards that hang, die, leak or lie, in real Ray processes."""
 
+import json
 import os
 import sys
 import time
@@ -44,32 +45,45 @@ def score(rewards, *names):
     return rewards.score(batch, rewards.outcomes(batch))
 
 
-@pytest.mark.parametrize(
-    ("name", "keys", "reason"),
-    [
-        ("sleeps", {}, "did not answer within 2 s; its process was killed"),
-        ("raises", {}, "raised ValueError: cannot read this"),
-        ("returns_too_few", {}, "returned 0 values for 2 completions"),
-        ("gives_nan", {}, "returned nan"),
-        ("gives_text", {}, "returned '1.0' of type str"),
-        ("kills_itself", {"timeout_s": 30.0}, "its process died"),
-        ("hoards", {"timeout_s": 30.0, "memory_mb": 512}, "raised MemoryError"),
-    ],
-)
-def test_a_fault_costs_its_own_group_only(name, keys, reason, tmp_path):
-    """And nothing is 0 by accident: the values are 1 or missing."""
-    with isolated(spec(name, **keys), tmp_path=tmp_path) as rewards:
-        first, bad, last = score(rewards, "good", "bad", "fine")
-        assert first.components[name] == last.components[name] == [1.0, 1.0]
-        assert np.isnan(bad.components[name]).all() and bad.components["accuracy"] == [1.0, 0.0]
-        assert all(reason in text for text in bad.invalid[name])
-        assert first.invalid == last.invalid == {}
-        assert dict(rewards.log().metrics)[f"rewards/{name}/invalid"] == pytest.approx(1 / 3)
-        written = (tmp_path / "faults.jsonl").read_text()
-        assert reason.replace('"', '\\"') in written and f'"reward": "{name}"' in written
-        # The next call finds a process that works.
+FAULTS = {
+    "sleeps": ({}, "did not answer within 2 s; its process was killed"),
+    "raises": ({}, "raised ValueError: cannot read this"),
+    "returns_too_few": ({}, "returned 0 values for 2 completions"),
+    "gives_nan": ({}, "returned nan"),
+    "gives_text": ({}, "returned '1.0' of type str"),
+    "kills_itself": ({"timeout_s": 30.0}, "its process died"),
+    "hoards": ({"timeout_s": 30.0, "memory_mb": 512}, "raised MemoryError"),
+}
+
+
+@pytest.fixture(scope="module")
+def gone_wrong(local_ray, tmp_path_factory):
+    """A batch with all the faulty rewards at once, and one that they can score after it."""
+    folder = tmp_path_factory.mktemp("faults")
+    specs = [spec(name, **keys) for name, (keys, _) in FAULTS.items()]
+    with isolated(*specs, tmp_path=folder) as rewards:
+        scores = score(rewards, "good", "bad", "fine")
+        metrics = dict(rewards.log().metrics)
         (again,) = score(rewards, "good")
-        assert again.components[name] == [1.0, 1.0]
+    faults = [json.loads(line) for line in (folder / "faults.jsonl").read_text().splitlines()]
+    return scores, again, metrics, faults
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_costs_its_own_group_only(name, gone_wrong):
+    """And nothing is 0 by accident: the values are 1 or missing."""
+    (first, bad, last), again, metrics, faults = gone_wrong
+    reason = FAULTS[name][1]
+    assert first.components[name] == last.components[name] == [1.0, 1.0]
+    assert np.isnan(bad.components[name]).all() and bad.components["accuracy"] == [1.0, 0.0]
+    assert all(reason in text for text in bad.invalid[name])
+    assert first.invalid == last.invalid == {}
+    assert metrics[f"rewards/{name}/invalid"] == pytest.approx(1 / 3)
+    written = [fault for fault in faults if fault["reward"] == name]
+    assert any(reason in fault["message"] and fault["lost"] == 2 for fault in written)
+    assert all("bad" in fault["samples"] for fault in written)
+    # The next call finds a process that works.
+    assert again.components[name] == [1.0, 1.0]
 
 
 def test_a_slow_leak_loses_nothing(tmp_path):
@@ -129,6 +143,28 @@ def test_a_reward_that_cannot_be_imported_stops_at_once(tmp_path, code, complain
     with pytest.raises(RecipeError, match="reward 'helpful'") as caught:
         RewardSet(terms, isolated=True).start()
     assert complaint in str(caught.value)
+
+
+def test_trl_s_own_rewards_work_unchanged():
+    from trl.rewards.other_rewards import get_soft_overlong_punishment
+
+    terms = build_terms(
+        [
+            {"use": "accuracy"},
+            {"use": "trl.rewards:think_format_reward"},
+            {"use": "trl.rewards:accuracy_reward", "name": "maths"},
+        ]
+    )
+    terms.append(RewardTerm("overlong", get_soft_overlong_punishment(2, 1), 0.1))
+    texts = [(f"<think>hm</think>$\\boxed{{{value}}}$", [EAST]) for value in (4, 5)]
+    batch = [group("one", *texts, solution="$4$")]
+    with RewardSet(terms, isolated=True) as rewards:
+        (scores,) = rewards.score(batch, rewards.outcomes(batch))
+        log = rewards.log()
+    assert scores.components["think_format_reward"] == [1.0, 1.0]
+    assert scores.components["maths"] == [1.0, 0.0]
+    assert scores.components["overlong"] == [-1.0, -1.0]  # three tokens
+    assert log.extras["solution"] == ["$4$"] * 2 and "maths" not in scores.invalid
 
 
 def test_functions_travel_too():

@@ -112,7 +112,7 @@ def test_signatures():
     function.range = (0, 2)  # type: ignore[attr-defined]
     found = read_signature(function)
     assert found.required == ("completions", "answer", "log_metric")
-    assert found.options == ("bonus",) and found.free_options and found.range == (0.0, 2.0)
+    assert found.options == {"bonus": "0.5"} and found.range == (0.0, 2.0)
     assert found.summary == "What it does."
     assert found.wants("question") and not found.wants("trajectories")
 
@@ -122,7 +122,7 @@ def test_signatures():
         async def __call__(self, trajectories): ...
 
     found = read_signature(Thing)
-    assert found.options == ("size", "depth") and not found.free_options
+    assert found.options == {"size": None, "depth": "1"}
     assert found.wants("trajectories") and not found.wants("question")
     with pytest.raises(TypeError, match="no __call__"):
         read_signature(type("Dumb", (), {}))
@@ -139,6 +139,7 @@ def test_columns_and_options_that_do_not_fit():
         check_signature(term, read_signature(needs), ["solution"])
     term = RewardTerm("mine", needs)
     check_signature(term, read_signature(needs), ["solution"])
+    check_signature(RewardTerm("mine", needs, options={"solution": "4"}), read_signature(needs), [])
     with pytest.raises(RecipeError, match=r"'mine' asks for \['solution'\]"):
         check_signature(term, read_signature(needs), ["hop"])
 
@@ -148,7 +149,7 @@ def test_looking_imports_elsewhere(tmp_path):
     (tmp_path / "bad.py").write_text("import nothing_like_that")
     good, bad = look([f"{tmp_path / 'mine.py'}:f", f"{tmp_path / 'bad.py'}:f"])
     assert not isinstance(good, RecipeError)
-    assert (good.options, good.summary) == (("size",), "Short.")
+    assert (good.options, good.summary) == ({"size": "2"}, "Short.")
     assert isinstance(bad, RecipeError) and "No module named 'nothing_like_that'" in str(bad)
     assert look([]) == []
 

@@ -231,10 +231,15 @@ def test_numpy_and_torch_numbers_are_numbers():
 def test_an_outcome_is_right_or_wrong():
     terms = [RewardTerm("half", lambda **_: [0.5, 1.0, None, 0.0], shaping=False)]
     rewards = RewardSet(terms)
-    (row,) = rewards.outcomes([group("one", *[(RIGHT, [EAST])] * 4)])
+    groups = [group("one", *[(RIGHT, [EAST])] * 4)]
+    (row,) = rewards.outcomes(groups)
     np.testing.assert_equal(row, [math.nan, 1.0, math.nan, 0.0])
     # A row nobody can judge counts as invalid too: with nothing but such rows nothing is trained.
     assert dict(rewards.log().metrics)["rewards/half/invalid"] == 0.5
+    (scores,) = rewards.score(groups, [row])
+    reasons = scores.invalid["half"]
+    assert "returned 0.5; an outcome is" in reasons[0] and "gave no value" in reasons[2]
+    assert reasons[1] == reasons[3] == ""
 
 
 def test_shaping_is_gated_in_groups_without_contrast():
