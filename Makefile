@@ -57,8 +57,9 @@ format: $(STAMP)  ## Let ruff rewrite the files
 quickstart: $(STAMP)  ## Train the tiny video model, from MP4 files to an exported policy (ARGS)
 	$(BIN)/foresight quickstart $(ARGS)
 
-bench: $(STAMP)  ## Measure how exact replay is (docs/exactness.md)
+bench: $(STAMP)  ## Measure how exact replay is and what rewards cost (docs/exactness.md, docs/rewards.md)
 	$(BIN)/python -m benchmarks.exactness
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rewards
 
 clean:  ## Remove caches and build products; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
