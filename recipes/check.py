@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoProcessor
 
 from recipes.loading import Recipe
 from recipes.schema import LADAPORecipe, SFTRecipe
+from rewards.batch import make_batch
 from rewards.look import look
 from rewards.registry import BUILTIN, build_terms, check_signature
 from rewards.terms import RewardTerm, check_terms, overweight
@@ -247,6 +248,8 @@ def _check_rewards(recipe: Recipe, samples: Sequence[Sample]) -> tuple[list[Rewa
     check_terms(terms)
     manifest = {column for sample in samples for column in sample.extra}
     ranges = {term.name: term.range for term in terms if term.range is not None}
+    make_batch(samples, [[] for _ in samples], [])  # refuses columns with names of Foresight's
+    warnings = []
     theirs = [
         (term, spec.use)
         for term, spec in zip(terms, recipe.rewards, strict=True)
@@ -256,7 +259,7 @@ def _check_rewards(recipe: Recipe, samples: Sequence[Sample]) -> tuple[list[Rewa
     for (term, use), found in zip(theirs, look(targets), strict=True):
         if isinstance(found, RecipeError):
             raise RecipeError(f"reward {term.name!r} (use: {use}): {found}")
-        check_signature(term, found, manifest)
+        warnings += check_signature(term, found, manifest)
         if found.range is not None:
             ranges.setdefault(term.name, found.range)
-    return terms, overweight(terms, ranges)
+    return terms, warnings + overweight(terms, ranges)

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from rewards.functions import Signature, installed, load, read_signature
 from rewards.look import look
-from rewards.registry import BUILTIN, PLUGIN_WEIGHT
+from rewards.registry import BUILTIN, SHAPING_WEIGHT
 from rl.errors import RecipeError
 
 OWN = (
@@ -52,7 +52,7 @@ def rewards_table() -> Table:
         about = _described(_sentence(found.summary), found)
         if point.name in BUILTIN:
             about.append(f"\nhidden by the built-in one; use {point.value}", style="yellow")
-        table.add_row(name, "shaping", f"{PLUGIN_WEIGHT:g}", _span(found.range), about)
+        table.add_row(name, "shaping", f"{SHAPING_WEIGHT:g}", _span(found.range), about)
     return table
 
 

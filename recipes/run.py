@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from transformers import AutoProcessor, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -65,8 +64,6 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> RunResult:
 
     # 1. Everything that can be wrong is found here, before anything is written or started.
     plan = check_recipe(recipe)
-    for warning in plan.warnings:
-        console.print(f"[yellow]note[/]: {escape(warning)}", soft_wrap=True)
     run.claim(recipe)
 
     # 2. Where to go on.

@@ -22,6 +22,7 @@ from recipes.run_folder import RunFolder
 from recipes.schema import LADAPORecipe
 from rewards.scorer import RewardSet
 from rl.data.media import LocalMedia, MediaProcessor
+from rl.errors import RecipeError
 from rl.policy.protocol import Imagine
 from rl.trajectory import Sample
 from rollouts.pool import RolloutPool
@@ -31,15 +32,23 @@ from rollouts.worker import EngineSpec
 _SIDE_BY_SIDE = 32  # answers of an engine in the trainer's own process (SFT)
 
 
-def gpu_share(workers: int, gpus: int) -> float:
-    """The share of a GPU that each of `workers` gets of `gpus`: 1 at most, 0 without GPUs.
+def gpu_share(workers: int, gpus: int, booked: float = 0.0) -> float:
+    """The share of a GPU that each of `workers` gets of `gpus`, of which `booked` are for others: 1
+    at most, 0 without GPUs.
 
     A worker has to fit on one GPU, so 3 workers on 2 GPUs take 0.5 each, not 0.66. Ray counts in
-    ten-thousandths, so the share is rounded down to those.
+    ten-thousandths, so the share is rounded down to those. Raises `RecipeError` if nothing is left.
     """
     if gpus == 0:
         return 0.0
-    return math.floor(1e4 / math.ceil(workers / gpus)) / 1e4
+    left = gpus if booked < 1.0 else gpus - math.ceil(booked)  # whole GPUs, or room on each
+    if left < 1:
+        raise RecipeError(
+            f"the rewards' `gpus` add up to {booked:g}, and there are {gpus}: none is left for the "
+            "rollout workers. Lower them, or set rollouts.gpus_per_worker"
+        )
+    room = 1.0 - booked if booked < 1.0 else 1.0
+    return math.floor(1e4 * room / math.ceil(workers / left)) / 1e4
 
 
 def start_pool(
@@ -86,7 +95,7 @@ def rollout_pool(
     gpus = settings.gpus_per_worker
     if gpus is None:
         there = torch.cuda.device_count() if uses_gpu(recipe) else 0
-        gpus = gpu_share(settings.workers, there)
+        gpus = gpu_share(settings.workers, there, sum(spec.gpus for spec in recipe.rewards))
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if gpus else "float32"

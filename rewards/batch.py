@@ -90,6 +90,10 @@ def make_batch(
     return Batch(columns, tuple(len(group) for group in texts))
 
 
+# All that a function may get beside the manifest's own columns.
+COLUMNS = frozenset(make_batch([], [], []).columns) | RESERVED
+
+
 def group_batch(groups: Sequence[TrajectoryGroup]) -> Batch:
     """The columns of sampled groups."""
     return make_batch(

@@ -83,12 +83,16 @@ def call_in_parts(
             faults.append(_fault(term, reply, part, len(part)))
             reply = _nothing(len(part), reply.message)
         replies.append(reply)
-    shared = set.intersection(*(set(reply.extras) for reply in replies))
+    logged = dict.fromkeys(key for reply in replies for key in reply.extras)
     return Reply(
         [value for reply in replies for value in reply.values],
         [reason for reply in replies for reason in reply.reasons],
         [metric for reply in replies for metric in reply.metrics],
-        {key: [v for reply in replies for v in reply.extras[key]] for key in sorted(shared)},
+        {
+            key: [v for r in replies for v in r.extras.get(key, [None] * len(r.values))]
+            for key in logged
+        },
+        message=next((reply.message for reply in replies if reply.message), ""),
     ), faults
 
 

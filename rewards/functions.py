@@ -17,11 +17,10 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+from rewards.batch import COLUMNS
 from rl.errors import RecipeError
 
 ENTRY_POINTS = "foresight.rewards"
-# What the pipeline itself hands to a function; everything else is a column of the batch.
-HANDED = ("trainer_state", "log_metric", "log_extra")
 
 
 @dataclass(frozen=True)
@@ -40,21 +39,37 @@ class Source:
 class Signature:
     """What a reward takes and says of itself, as plain values.
 
-    `columns` are the keywords it names, `required` those of them without a default, `options` what
-    a recipe may set, with the default as text (None if it must be set), `keywords` whether it takes
-    any further column. `range` is an attribute it may have.
+    `columns` are the keywords it names that may be columns, `required` those of them without a
+    default, `options` what a recipe may set, with the default as text (None if it must be set),
+    `keywords` whether it takes any further column, `made` whether it is a class, whose options are
+    those of its making. `range` is an attribute it may have.
+
+    A keyword-only parameter with a default is an option and never a column, unless it has the name
+    of one of Foresight's; any other parameter with a default may be either.
     """
 
     columns: tuple[str, ...]
     required: tuple[str, ...]
     options: dict[str, str | None]
     keywords: bool
+    made: bool = False
     range: tuple[float, float] | None = None
     summary: str = ""
 
     def wants(self, column: str) -> bool:
         """Whether to send it a column. `trajectories` are large: only to those that name them."""
-        return column in self.columns or (self.keywords and column != "trajectories")
+        if column in self.columns:
+            return True
+        option = column in self.options and not self.made
+        return self.keywords and not option and column != "trajectories"
+
+    @property
+    def settable(self) -> list[str]:
+        """What a recipe may give as an option: a column of the manifest too, which is then the same
+        for all trajectories.
+        """
+        columns = [] if self.made else [n for n in self.required if n not in COLUMNS]
+        return [*self.options, *columns]
 
 
 def find(use: str, folder: Path, builtin: Mapping[str, str]) -> Source:
@@ -147,14 +162,17 @@ def read_signature(function: Any) -> Signature:
     if is_class:
         made = inspect.signature(function).parameters.values()
         options = [p for p in made if p.kind not in variable]
+        columns = named
     else:
-        options = [p for p in named if p.default is not p.empty and p.name not in HANDED]
+        options = [p for p in named if p.default is not p.empty and p.name not in COLUMNS]
+        columns = [p for p in named if p not in options or p.kind is not p.KEYWORD_ONLY]
     span = getattr(function, "range", None)
     return Signature(
-        columns=tuple(p.name for p in named),
+        columns=tuple(p.name for p in columns),
         required=tuple(p.name for p in named if p.default is p.empty),
         options={p.name: None if p.default is p.empty else str(p.default) for p in options},
         keywords=keywords,
+        made=is_class,
         range=None if span is None else (float(span[0]), float(span[1])),
         summary=(inspect.getdoc(function) or "").split("\n")[0],
     )

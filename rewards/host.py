@@ -16,11 +16,15 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from rewards.batch import COLUMNS
 from rewards.functions import Signature, load, read_signature
 from rewards.values import Invalid
 
 # What can go wrong with a call as a whole; "invalid" is said of single values.
 Failure = Literal["raised", "memory", "count", "hung", "died", "start"]
+MESSAGE, TRACE = 1000, 20_000  # characters kept of a message and of the end of a traceback
+# What a function may throw by itself; an interruption of this process is none of its.
+THROWN = (Exception, SystemExit, asyncio.CancelledError)
 MEBIBYTE = 1 << 20
 SLACK = 1e-6  # by which rounding may leave a range
 
@@ -28,7 +32,8 @@ SLACK = 1e-6  # by which rounding may leave a range
 @dataclass(frozen=True)
 class Reply:
     """What one call gave: N values (NaN with a reason is invalid, NaN without one "no value"), and
-    what the function logged. `failure` is set, and `values` empty, if the call as a whole failed.
+    what the function logged. `failure` is set, and `values` empty, if the call as a whole failed;
+    else `message` says what went wrong beside the values.
     """
 
     values: list[float] = field(default_factory=list)
@@ -68,7 +73,7 @@ class RewardHost:
                 self._functions[name] = made, signature, {}
             else:
                 self._functions[name] = function, signature, dict(options)
-        except (Exception, SystemExit) as error:
+        except THROWN as error:
             return _failed("raised", error)
         return signature
 
@@ -86,10 +91,14 @@ class RewardHost:
         except (ImportError, FileNotFoundError):
             return
         most = (held << 10) + mebibytes * MEBIBYTE
-        resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)  # a batch system may have set one
+        if hard != resource.RLIM_INFINITY:
+            most = min(most, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
-    def pid(self) -> int:
-        return os.getpid()
+    def hide_gpus(self) -> None:
+        """Ray shows all GPUs to a process that has booked none."""
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
     def call(
         self,
@@ -108,27 +117,29 @@ class RewardHost:
             "log_metric": lambda key, value: metrics.append((str(key), float(value))),
             "log_extra": lambda key, values: extras.__setitem__(str(key), _plain(values)),
         }
-        given = {
-            key: value
-            for key, value in {**columns, **records, **handed}.items()
-            if signature.wants(key)
-        }
+        expected = len(columns["completions"])
+        # A column that no row of this batch has may be one that other rows of the manifest have.
+        absent = {name: [None] * expected for name in signature.required if name not in COLUMNS}
+        offered = {**absent, **columns, **records, **handed}
+        given = {key: value for key, value in offered.items() if signature.wants(key)}
         try:
             result = function(**{**given, **options})
             if inspect.isawaitable(result):
                 result = self._run(result)
             pairs = [_number(value, signature.range) for value in result]
-        except (Exception, SystemExit) as error:
+        except THROWN as error:
             return _failed("memory" if isinstance(error, MemoryError) else "raised", error)
-        expected = len(columns["completions"])
         if len(pairs) != expected:
             return Reply(
                 failure="count",
                 message=f"returned {len(pairs)} values for {expected} completions; it must return "
                 "one a completion, None where it has none",
             )
-        extras = {key: column for key, column in extras.items() if len(column) == expected}
-        return Reply([v for v, _ in pairs], [r for _, r in pairs], metrics, extras)
+        uneven = [key for key, column in extras.items() if len(column) != expected]
+        for key in uneven:
+            del extras[key]
+        note = f"log_extra was not given one value a completion for {uneven}" if uneven else ""
+        return Reply([v for v, _ in pairs], [r for _, r in pairs], metrics, extras, message=note)
 
     def _run(self, awaitable: Any) -> Any:
         """On one event loop for the life of the process, as clients kept between calls need."""
@@ -142,9 +153,13 @@ class RewardHost:
 
 
 def _failed(failure: Failure, error: BaseException) -> Reply:
-    text = str(error).strip() or "no message"
-    trace = "".join(traceback.format_exception(error))
-    return Reply(failure=failure, message=f"raised {type(error).__name__}: {text}", trace=trace)
+    try:
+        text = str(error).strip() or "no message"
+        trace = "".join(traceback.format_exception(error))
+    except THROWN:  # an error that cannot even say what it is
+        text, trace = "no readable message", ""
+    message = f"raised {type(error).__name__}: {text}"
+    return Reply(failure=failure, message=_short(message, MESSAGE), trace=trace[-TRACE:])
 
 
 def _number(value: Any, span: tuple[float, float] | None) -> tuple[float, str]:
@@ -152,14 +167,14 @@ def _number(value: Any, span: tuple[float, float] | None) -> tuple[float, str]:
     if value is None:
         return math.nan, ""
     if isinstance(value, Invalid):
-        return math.nan, value.reason or "invalid, with no reason given"
+        return math.nan, _short(f"{value.reason or 'invalid, with no reason given'}", MESSAGE)
     # Strings convert too, but a reward that returns one has a bug worth showing.
     if isinstance(value, str) or not hasattr(value, "__float__"):
-        return math.nan, f"returned {_short(value)} of type {type(value).__name__}, not a number"
+        return math.nan, f"returned {_shown(value)} of type {type(value).__name__}, not a number"
     try:
         number = float(value)
     except Exception as error:  # a type of the user's, or an array with several numbers
-        return math.nan, f"returned {_short(value)}, which is no number: {error}"
+        return math.nan, f"returned {_shown(value)}, which is no number: {error}"
     if not math.isfinite(number):
         return math.nan, f"returned {number}; for no value return None"
     if span is not None and not span[0] - SLACK <= number <= span[1] + SLACK:
@@ -169,9 +184,12 @@ def _number(value: Any, span: tuple[float, float] | None) -> tuple[float, str]:
 
 def _plain(values: Sequence[Any]) -> list[Any]:
     kept = (str, int, float, bool, type(None))
-    return [value if type(value) in kept else _short(value) for value in values]
+    return [value if type(value) in kept else _shown(value) for value in values]
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _shown(value: Any) -> str:
+    return _short(repr(value), 80)
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -16,6 +16,7 @@ from rl.errors import RewardError
 
 WINDOW = 4  # rounds (steps of training) over which the share of invalid values is taken
 SHOWN = 5  # causes and samples in a report
+CAUSES = 1000  # told apart of one reward
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,8 @@ class Ledger:
     """Counts faults and invalid values a reward.
 
     Every fault goes to `file` (JSON, one a line) as it happens, and the first of each kind of each
-    reward to the log. `check` raises when of the last `WINDOW` rounds more than `max_invalid` of a
-    reward's values were invalid.
+    reward to the log. `check` raises when over the last `WINDOW` rounds more than `max_invalid` of
+    a reward's values were invalid; rounds before the first count as good.
     """
 
     def __init__(self, *, max_invalid: float, file: Path | None) -> None:
@@ -65,10 +66,11 @@ class Ledger:
                 "only counted",
                 fault.reward,
                 fault.message,
-                f"{fault.lost} values invalid" if fault.lost else "a second try is made",
+                f"{fault.lost} values invalid" if fault.lost else "no value lost so far",
                 ", ".join(map(repr, fault.samples[:SHOWN])),
             )
-        causes[fault.kind, fault.message] += 1
+        known = (fault.kind, fault.message) in causes or len(causes) < CAUSES
+        causes[fault.kind, fault.message if known else "others"] += 1
         if fault.lost:
             self._samples[fault.reward] |= dict.fromkeys(fault.samples)
         if fault.trace:
@@ -92,17 +94,19 @@ class Ledger:
     def check(self, rewards: Iterable[str]) -> None:
         """Raise `RewardError`, with a report, if one of `rewards` has too many invalid values."""
         for reward in rewards:
-            counts = [window.get(reward, (0, 0)) for window in self._rounds]
+            counts = [window[reward] for window in self._rounds if window.get(reward, (0, 0))[1]]
             invalid, total = sum(i for i, _ in counts), sum(t for _, t in counts)
-            if total and invalid / total > self._max_invalid:
+            # Rounds that were not yet there count as good ones: no single round stops a run, which
+            # would be a different one whenever it is resumed.
+            if total and invalid / total * len(counts) / WINDOW > self._max_invalid:
                 raise RewardError(self._report(reward, invalid, total))
 
     def _report(self, reward: str, invalid: int, total: int) -> str:
         causes = self._causes[reward]
         lines = [
-            f"reward {reward!r} has no valid value for {invalid} of the last {total} trajectories "
-            f"({invalid / total:.0%}), and scoring.max_invalid is {self._max_invalid:.0%}: what is "
-            "left is too little to train on. What went wrong, since the run was started:"
+            f"reward {reward!r} has no valid value for {invalid} of the last {total} trajectories, "
+            f"and scoring.max_invalid is {self._max_invalid:.0%} over {WINDOW} steps: what is left "
+            "is too little to train on. What went wrong, since the run was started:"
         ]
         lines += [
             f"  {count} times {kind}: {message}"

@@ -35,7 +35,7 @@ def soft_overlong(length: int, *, max_length: int, buffer: int) -> float:
 def length_rewards(
     completion_ids: Sequence[Sequence[int]],
     *,
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Trajectory] | None = None,
     max_length: int | None = None,
     buffer: int | None = None,
     **_: Any,
@@ -47,9 +47,14 @@ def length_rewards(
     ``max_new_tokens``, `buffer` None a fifth of the greatest length.
     """
     _check(max_length, buffer)  # a wrong option fails even on an empty batch
+    if max_length is not None:
+        limits = [max_length] * len(completion_ids)
+    elif completion_ids and trajectories is None:
+        raise RecipeError("length: without trajectories it needs the option max_length")
+    else:
+        limits = [trajectory.sampling.max_new_tokens for trajectory in trajectories or ()]
     values = []
-    for ids, trajectory in zip(completion_ids, trajectories, strict=True):
-        most = trajectory.sampling.max_new_tokens if max_length is None else max_length
+    for ids, most in zip(completion_ids, limits, strict=True):
         share = max(most // 5, 1) if buffer is None else buffer
         values.append(soft_overlong(len(ids), max_length=most, buffer=share))
     return values

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,19 +37,27 @@ def look(targets: Sequence[str]) -> list[Signature | RecipeError]:
 
 def _look(target: str) -> Signature | RecipeError:
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder, "signature.json")
+        answer, said = Path(folder, "signature.json"), Path(folder, "said.txt")
         # -P and the path of this process: the same modules are found as by Ray's workers.
         command = [sys.executable, "-P", "-m", __name__, target, str(answer)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=TIMEOUT, env=environment
+        # Into a file: a pipe would stay open for as long as whatever the import starts.
+        with said.open("wb") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=file, env=environment, start_new_session=True
             )
+        try:
+            process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
             return RecipeError(f"{target} was not imported within {TIMEOUT:.0f} s")
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and all that it started
+            process.wait()
         if not answer.is_file():
-            said = done.stderr.strip() or f"the process ended with {done.returncode}"
-            return RecipeError(f"{target} cannot be imported:\n{said}")
+            text = said.read_text(encoding="utf-8", errors="replace").strip()
+            text = text or f"the process ended with {process.returncode}"
+            return RecipeError(f"{target} cannot be imported:\n{text}")
         values: Any = json.loads(answer.read_text(encoding="utf-8"))
     lists: Any = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     return Signature(**{**values, **lists})

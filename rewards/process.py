@@ -61,7 +61,7 @@ class ProcessCaller:
     """Runs rewards in one Ray actor on this machine, which it replaces when it was lost.
 
     Ray must have been started. `memory_mb` bounds what the process may take beyond what its imports
-    took; None does not. `gpus` is its share of GPUs.
+    took; None does not. `gpus` is its share of GPUs; without one it sees none.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class ProcessCaller:
         self._signatures: dict[str, Signature] = {}
         self._actor: Any = None
         self._starting: list[Any] = []
+        self._closed = False
 
     def launch(self) -> None:
         """Set the process going without waiting for it, so that several start side by side."""
@@ -81,75 +82,94 @@ class ProcessCaller:
         here = NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=self._gpus > 0
         )
-        self._actor = (
+        actor: Any = (
             ray.remote(RewardHost)
             .options(num_cpus=0, num_gpus=self._gpus, scheduling_strategy=here)
             .remote()
         )
+        self._actor = actor
+        if not self._gpus:
+            actor.hide_gpus.remote()
         self._starting = [
-            self._actor.add.remote(s.name, s.target, s.options, s.range) for s in self._seats
+            actor.add.remote(s.name, s.target, s.options, s.range) for s in self._seats
         ]
         if self._memory_mb is not None:
-            self._starting.append(self._actor.limit_memory.remote(self._memory_mb))
+            self._starting.append(actor.limit_memory.remote(self._memory_mb))
 
     def start(self) -> dict[str, Signature]:
         import ray
-        from ray.exceptions import GetTimeoutError, RayActorError
+        from ray.exceptions import GetTimeoutError, RayError
 
         if self._actor is None:
             self.launch()
         names = ", ".join(repr(s.name) for s in self._seats)
         try:
             replies = ray.get(self._starting, timeout=START_TIMEOUT)
-        except GetTimeoutError:
-            self.close()
-            raise RecipeError(
-                f"the process of reward {names} was not ready within {START_TIMEOUT:.0f} s; is "
-                "something slow or endless done when it is imported or made?"
-            ) from None
-        except RayActorError as error:
-            self.close()
-            raise RecipeError(
-                f"the process of reward {names} died when it was imported or made: {error}"
-            ) from None
-        finally:
-            self._starting = []
-        self._signatures = {
-            s.name: _signature(s, r) for s, r in zip(self._seats, replies, strict=False)
-        }
+            self._signatures = {
+                s.name: _signature(s, r) for s, r in zip(self._seats, replies, strict=False)
+            }
+        except BaseException as error:
+            self._drop()
+            if isinstance(error, GetTimeoutError):
+                gpu = f", or no GPU free for its share of {self._gpus:g}" if self._gpus else ""
+                raise RecipeError(
+                    f"the process of reward {names} was not ready within {START_TIMEOUT:.0f} s; is "
+                    f"something slow or endless done when it is imported or made{gpu}?"
+                ) from None
+            if isinstance(error, RayError):
+                raise RecipeError(
+                    f"the process of reward {names} died when it was imported or made: "
+                    f"{_last_line(error)}"
+                ) from None
+            raise
         return self._signatures
 
     def call(self, name: str, batch: Batch, state: Mapping[str, Any], timeout: float) -> Reply:
         """The reply, or one that says that the process hung or died; it is gone then."""
         import ray
-        from ray.exceptions import GetTimeoutError, RayActorError
+        from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError
 
+        if self._closed:
+            return Reply(failure="died", message="was stopped")
         try:
             if self._actor is None:
                 self.start()
         except RecipeError as error:
-            return Reply(failure="start", message=f"did not start again: {error}")
-        light, heavy = _refs(batch, self._signatures[name].wants("trajectories"))
+            first, _, rest = str(error).partition("\n")
+            return Reply(failure="start", message=f"did not start again: {first}", trace=rest)
+        signature = self._signatures[name]
+        light, heavy = _refs(batch, signature.wants("trajectories"))
+        if "trainer_state" not in signature.columns:  # it grows with every step
+            state = {key: value for key, value in state.items() if key != "log_history"}
         actor: Any = self._actor
         try:
             reply: Any = ray.get(actor.call.remote(name, light, heavy, state), timeout=timeout)
         except GetTimeoutError:
-            self.close()
+            self._drop()
             message = f"did not answer within {timeout:g} s; its process was killed"
             return Reply(failure="hung", message=message)
-        except RayActorError as error:
-            self.close()
+        except OutOfMemoryError as error:
+            self._drop()
+            message = f"Ray killed its process, as memory ran out: {_last_line(error)}"
+            return Reply(failure="memory", message=message)
+        except RayError as error:
+            self._drop()
             return Reply(failure="died", message=f"its process died: {_last_line(error)}")
         if reply.failure == "memory":
-            self.close()
+            self._drop()
         return reply
 
     def close(self) -> None:
+        self._closed = True  # a thread that still waits for an answer must not start it anew
+        self._drop()
+
+    def _drop(self) -> None:
+        """Kill the process; the next call makes a new one."""
         import ray
 
-        if self._actor is not None:
-            ray.kill(self._actor)
-            self._actor = None
+        actor, self._actor, self._starting = self._actor, None, []
+        if actor is not None and ray.is_initialized():
+            ray.kill(actor)
 
 
 def _signature(seat: Seat, reply: Signature | Reply) -> Signature:

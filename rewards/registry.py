@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from rewards.batch import RESERVED, make_batch
+from rewards.batch import COLUMNS
 from rewards.functions import Signature, find, load, read_signature
 from rewards.terms import RewardTerm
 from rl.errors import RecipeError
@@ -18,9 +18,8 @@ Range = tuple[float, float]
 SPEC_KEYS = (
     "use", "name", "weight", "options", "outcome", "range", "timeout_s", "memory_mb", "gpus",
 )  # fmt: skip
-# What holds for a reward of a user's if the recipe says nothing else: shaping that cannot outweigh
-# the outcome, and limits that stop a mistake before it stops the machine.
-PLUGIN_WEIGHT = 0.1
+OUTCOME_WEIGHT, SHAPING_WEIGHT = 0.9, 0.1  # of what has no weight of its own
+# Limits of a user's reward, which stop a mistake before it stops the machine.
 PLUGIN_TIMEOUT = 60.0  # seconds
 PLUGIN_MEMORY = 8192  # MiB
 # Options of built-in rewards that are paths; in a recipe they start from its folder.
@@ -109,23 +108,26 @@ def _build(spec: Mapping[str, Any], where: str, folder: Path, marked: bool) -> R
         raise RecipeError(f"{where}: {error}") from None
     builtin = BUILTIN.get(use)
     name = str(spec.get("name") or (source.attribute if ":" in use else use))
+    where = f"{where} ({name})"
     options = dict(spec.get("options") or {})
     if builtin is not None:
-        _check_builtin(builtin, options, f"{where} ({name})")
-    timeout = spec.get("timeout_s") or (builtin.timeout_s if builtin else PLUGIN_TIMEOUT)
-    if use == "judge":
-        _bound_patience(options, timeout, f"{where} ({name})")
+        _check_builtin(builtin, options, where)
     outcome = spec.get("outcome")
     if outcome is None:
         outcome = builtin is not None and not builtin.shaping and not marked
+    if outcome and use == "temporal_order":
+        raise RecipeError(f"{where}: it compares outcomes, so it cannot decide them")
+    timeout = _number(spec, "timeout_s", where, builtin.timeout_s if builtin else PLUGIN_TIMEOUT)
+    if use == "judge":
+        _check_judge(options, outcome, timeout, where)
     gpus = _number(spec, "gpus", where, 0.0)
     # A CUDA context reserves far more than it uses, so there no limit would mean anything.
     memory = None if builtin or gpus else PLUGIN_MEMORY
-    default = builtin.weight if builtin else PLUGIN_WEIGHT
+    weight = builtin.weight if builtin and builtin.shaping else SHAPING_WEIGHT
     return RewardTerm(
         name,
         source,
-        weight=_number(spec, "weight", f"{where} ({name})", default),
+        weight=_number(spec, "weight", where, OUTCOME_WEIGHT if outcome else weight),
         shaping=not outcome,
         options=options,
         range=spec.get("range") or (builtin.span(options) if builtin else None),
@@ -136,7 +138,7 @@ def _build(spec: Mapping[str, Any], where: str, folder: Path, marked: bool) -> R
     )
 
 
-def _bound_patience(options: dict[str, Any], timeout: float, where: str) -> None:
+def _check_judge(options: dict[str, Any], outcome: bool, timeout: float, where: str) -> None:
     """A judge must be done before its deadline, or what it was answered would be lost with it."""
     patience = options.setdefault("patience_s", min(300.0, 0.8 * timeout))
     if patience >= timeout:
@@ -144,10 +146,15 @@ def _bound_patience(options: dict[str, Any], timeout: float, where: str) -> None
             f"{where}: option patience_s is {patience:g} seconds and the reward's timeout_s "
             f"{timeout:g}; patience_s must be lower, or answers that came in time would be lost"
         )
+    if outcome and options.get("style") == "score" and options.get("threshold") is None:
+        raise RecipeError(
+            f"{where}: it decides the outcome, which is 1 or 0, but gives grades; set the option "
+            "threshold to the least grade that is right, such as 0.6"
+        )
 
 
 def _number(spec: Mapping[str, Any], key: str, where: str, default: float) -> float:
-    value = spec.get(key, default)
+    value = default if spec.get(key) is None else spec[key]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RecipeError(f"{where}: {key} is {value!r}; it must be a number")
     return float(value)
@@ -158,6 +165,7 @@ def _check_builtin(builtin: BuiltinReward, options: Mapping[str, Any], where: st
     function = load(builtin.target)
     signature = read_signature(function)
     _check_keys(options, signature.options, where, "option")
+    _check_set(options, signature, where)
     try:
         if inspect.isclass(function):
             function(**options)
@@ -167,23 +175,35 @@ def _check_builtin(builtin: BuiltinReward, options: Mapping[str, Any], where: st
         raise RecipeError(f"{where}: {error}") from None
 
 
-def check_signature(term: RewardTerm, signature: Signature, columns: Iterable[str]) -> None:
+def check_signature(term: RewardTerm, signature: Signature, columns: Iterable[str]) -> list[str]:
     """Whether a reward of a user's fits what it will get: its options and the columns of the batch,
-    `columns` being those of the manifest. Raises `RecipeError`.
+    `columns` being those of the manifest. Returns what is allowed and probably not meant; raises
+    `RecipeError`.
     """
-    where = f"reward {term.name!r}"
-    # A column may be given as an option too: it is then the same for all trajectories.
-    _check_keys(
-        term.options, dict.fromkeys((*signature.options, *signature.required)), where, "option"
-    )
-    if unset := [n for n, v in signature.options.items() if v is None and n not in term.options]:
-        raise RecipeError(f"{where}: its options {unset} have no default; set them in `options`")
-    known = RESERVED | make_batch([], [], []).columns.keys() | {*columns, *term.options}
+    where, columns = f"reward {term.name!r}", [*columns]
+    _check_keys(term.options, signature.settable, where, "option")
+    _check_set(term.options, signature, where)
+    known = {*COLUMNS, *columns, *term.options}
+    if not term.shaping:
+        known -= {"outcomes", "shuffled_outcomes"}  # which it decides itself
     if lacking := [name for name in signature.required if name not in known]:
         raise RecipeError(
             f"{where} asks for {lacking}, which is neither a column of the data nor handed over by "
             f"Foresight; there are {sorted(known)}"
         )
+    hidden = [c for c in columns if c in signature.options and not signature.wants(c)]
+    return [
+        f"{where}: the column {column!r} does not reach it, because its parameter of that name is "
+        "an option (keyword-only, with a default)"
+        for column in hidden
+        if not signature.made
+    ]
+
+
+def _check_set(options: Mapping[str, Any], signature: Signature, where: str) -> None:
+    unset = [name for name, value in signature.options.items() if value is None]
+    if unset := [name for name in unset if name not in options]:
+        raise RecipeError(f"{where}: its options {unset} have no default; set them in `options`")
 
 
 def _check_keys(given: Iterable[str], known: Iterable[str], where: str, what: str) -> None:

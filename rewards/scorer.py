@@ -79,6 +79,7 @@ class RewardSet:
         self._signatures: dict[str, Signature] = {}
         self._state: dict[str, Any] = {}
         self._metrics: list[tuple[str, float]] = []
+        self._seconds: dict[str, float] = {}
         # By the id() of a trajectory: why its outcome is invalid, and what was logged of it.
         self._judged: dict[int, tuple[str, dict[str, Any]]] = {}
         self._extras: dict[str, list[Any]] = {}
@@ -143,6 +144,7 @@ class RewardSet:
         self._ledger.begin(self._state.get("global_step"))
         self._judged.clear()
         self._metrics.clear()  # what validation may have left
+        self._seconds.clear()
 
     def outcomes(self, groups: Sequence[TrajectoryGroup]) -> list[list[float]]:
         """1 for right, 0 for wrong, NaN for invalid: one list a group, one value a trajectory."""
@@ -212,8 +214,9 @@ class RewardSet:
         for name in self.names:
             if not math.isnan(share := self._ledger.share(name)):
                 self._metrics.append((f"rewards/{name}/invalid", share))
+        self._metrics += [(f"rewards/{name}/seconds", s) for name, s in self._seconds.items()]
         log = ScoringLog(self._metrics, self._extras)
-        self._metrics, self._extras = [], {}
+        self._metrics, self._extras, self._seconds = [], {}, {}
         return log
 
     # -- one batch ---------------------------------------------------------------------------------
@@ -262,10 +265,12 @@ class RewardSet:
             lost = [id for id, r in zip(ids, reasons, strict=True) if r == reason]
             samples = tuple(dict.fromkeys(lost))
             faults = [*faults, Fault(term.name, "invalid", reason, samples, len(lost))]
+        if reply.failure is None and reply.message:
+            faults = [*faults, Fault(term.name, "logged", reply.message, (), 0)]
         for fault in faults:
             self._ledger.fault(fault)
         self._ledger.count(term.name, sum(map(bool, reasons)), len(reasons))
-        self._metrics.append((f"rewards/{term.name}/seconds", seconds))
+        self._seconds[term.name] = self._seconds.get(term.name, 0.0) + seconds
         self._metrics += reply.metrics
         self._extras |= reply.extras
         return Scored(values, reasons)

@@ -194,11 +194,13 @@ def _facts(t: Trajectory) -> Row:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """`value` as JSON has it: numpy and torch as plain numbers and lists, NaN as null."""
+    """`value` as JSON has it: numpy and torch as plain numbers and lists, NaN as null, infinity as
+    text.
+    """
     if value is None or isinstance(value, bool | str | int):
         return value
-    if isinstance(value, float) and not math.isinf(value):
-        return None if math.isnan(value) else float(value)
+    if isinstance(value, float):
+        return None if math.isnan(value) else str(value) if math.isinf(value) else float(value)
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: _plain(item, f"{where}, {key!r}") for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -209,7 +211,7 @@ def _plain(value: Any, where: str) -> Any:
             return _plain(plain, where)
     raise DataError(
         f"{where}: {repr(value)[:80]} of type {type(value).__name__} cannot be written as JSON; "
-        "use texts, finite numbers, and lists and objects (with texts as keys) of them"
+        "use texts, numbers, and lists and objects (with texts as keys) of them"
     )
 
 

@@ -97,7 +97,7 @@ def test_too_many_invalid_values_stop_a_run_and_it_goes_on_later(
     recipe: Callable[..., Path],
 ) -> None:
     down = [{"use": "mine.py:always_down", "weight": 0.1, "timeout_s": 20.0}]
-    path = recipe(down)
+    path = recipe(down, scoring={"max_invalid": 0.2})  # one bad step of four is more
     with pytest.raises(RewardError, match="'always_down' has no valid value for 4 of the last 4"):
         run(path)
     # Told to go on without it, and with another deadline, the run is the same run.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from recipes.sampling import gpu_share
+from rl.errors import RecipeError
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,14 @@ from recipes.sampling import gpu_share
 )
 def test_gpu_share(workers: int, gpus: int, share: float) -> None:
     assert gpu_share(workers, gpus) == share
+
+
+def test_rewards_with_gpus_leave_less() -> None:
+    assert gpu_share(2, 1, 0.5) == 0.25  # half a GPU for two
+    assert gpu_share(2, 2, 0.25) == 0.75  # the reward fits beside either worker
+    assert gpu_share(2, 2, 1.0) == 0.5  # a GPU is the reward's own
+    with pytest.raises(RecipeError, match="none is left for the rollout workers"):
+        gpu_share(1, 1, 1.0)
 
 
 def test_every_worker_can_be_placed() -> None:

@@ -2,10 +2,13 @@
 only: `tests/rewards/test_faults.py` names them by path.
 """
 
+import asyncio
 import os
 import time
 
 import numpy as np
+
+from rewards.values import Invalid
 
 HOARD = []
 
@@ -79,4 +82,34 @@ def raises_own_error(completions, **_):
 
 def where(completions, log_metric, **_):
     log_metric("pid", os.getpid())
+    return [0.0] * len(completions)
+
+
+async def cancels(completions, **_):
+    raise asyncio.CancelledError
+
+
+def interrupts(completions, **_):
+    raise KeyboardInterrupt
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+def is_unspeakable(completions, **_):
+    raise Unspeakable
+
+
+def gives_an_error_as_reason(completions, **_):
+    return [Invalid(OwnError("this", "that"))] * len(completions)  # type: ignore[arg-type]
+
+
+def talks_too_much(completions, **_):
+    raise ValueError("blah" * 1_000_000)
+
+
+def sees(completions, log_extra, **_):
+    log_extra("gpus", [os.environ.get("CUDA_VISIBLE_DEVICES")] * len(completions))
     return [0.0] * len(completions)

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -84,6 +86,56 @@ def test_a_fault_costs_its_own_group_only(name, gone_wrong):
     assert all("bad" in fault["samples"] for fault in written)
     # The next call finds a process that works.
     assert again.components[name] == [1.0, 1.0]
+
+
+def test_whatever_is_thrown_stays_a_fault(tmp_path):
+    reasons = {
+        "cancels": "raised CancelledError",
+        "interrupts": "its process died",
+        "is_unspeakable": "raised Unspeakable: no readable message",
+        "gives_an_error_as_reason": "this and that",
+        "talks_too_much": "raised ValueError: blahblah",
+    }
+    specs = [spec(name, timeout_s=20.0) for name in reasons]
+    with isolated(*specs, spec("sees"), max_invalid=1.0, tmp_path=tmp_path) as rewards:
+        (scores,) = score(rewards, "good")
+        extras = rewards.log().extras
+    for name, reason in reasons.items():
+        assert np.isnan(scores.components[name]).all()
+        assert all(reason in text and len(text) <= 1000 for text in scores.invalid[name])
+    assert (tmp_path / "faults.jsonl").stat().st_size < 100_000
+    assert extras["gpus"] == ["", ""]  # a process that booked no GPU sees none
+
+
+def test_a_reward_that_cannot_come_back_does_not_take_the_run_down(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import os, pathlib\n"
+        "flag = pathlib.Path(__file__).with_name('flag')\n"
+        "assert not flag.exists(), 'the server is gone'\n"
+        "def f(completions, **_):\n    flag.touch()\n    os._exit(1)\n"
+    )
+    terms = build_terms([{"use": "accuracy"}, {"use": "mine.py:f", "weight": 0.1}], tmp_path)
+    with RewardSet(terms, isolated=True, max_invalid=1.0) as rewards:
+        one, two = score(rewards, "one", "two")
+        (again,) = score(rewards, "three")
+    assert np.isnan(one.components["f"] + two.components["f"] + again.components["f"]).all()
+    assert "did not start again" in again.invalid["f"][0]
+    assert "the server is gone" in again.invalid["f"][0]
+
+
+def test_an_interrupted_run_waits_for_no_deadline():
+    before = {thread.name for thread in threading.enumerate()}
+    rewards = isolated(spec("sleeps", timeout_s=300.0))
+    rewards.start()
+    started = time.monotonic()
+    timer = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        score(rewards, "bad")
+    rewards.close()
+    while {t.name for t in threading.enumerate()} - before - {timer.name}:
+        assert time.monotonic() - started < 30  # no thread goes on with it
+        time.sleep(0.1)
 
 
 def test_a_slow_leak_loses_nothing(tmp_path):

@@ -269,7 +269,7 @@ def test_columns_of_numpy_become_plain(tmp_path, groups):
 
 
 @pytest.mark.parametrize(
-    "value", [date(2026, 1, 1), math.inf, {1: 2}, b"x", 1j, np.longdouble(1), [{1}], np.array([1j])]
+    "value", [date(2026, 1, 1), {1: 2}, b"x", 1j, np.longdouble(1), [{1}], np.array([1j])]
 )
 def test_columns_that_json_cannot_hold_are_named(tmp_path, groups, value):
     sample = dataclasses.replace(groups[0].sample, extra={"seen": value})
