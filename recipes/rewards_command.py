@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
 from recipes.reward_trial import Trial, TriedRow
 from rewards.batch import Batch, make_batch
@@ -55,9 +56,13 @@ def try_reward(
     `DataError` for a file that cannot be read.
     """
     console = console or Console(stderr=True)
-    term = _term(use, _options(use, options, path), timeout)
+    chosen = _options(use, options, path)
+    if use in BUILTIN:
+        _check_needed(use, read_signature(load(BUILTIN[use].target)), chosen)
+    term = _term(use, chosen, timeout)
     with console.status("importing the reward"):
         signature = _signature(use, term)
+    _check_needed(term.name, signature, chosen)
     if "shuffled_outcomes" in signature.required:
         raise RecipeError(
             f"reward {term.name!r} compares with a control that saw the frames in a random order "
@@ -69,7 +74,8 @@ def try_reward(
     batch = _batch(groups)
     if lacking := [c for c in asked if c in signature.required and c not in batch.columns]:
         raise RecipeError(_without_arrays(term, lacking, path, step))
-    check_signature(term, signature, batch.columns)
+    for note in check_signature(term, signature, batch.columns):
+        console.print(f"[yellow]note[/]: {escape(note)}", soft_wrap=True)
     number = NAME.fullmatch(files[0].name)
     at = int(number[1]) if number else None
     with _ray(console), tempfile.TemporaryDirectory() as folder:
@@ -181,6 +187,15 @@ def _term(use: str, options: Mapping[str, Any], timeout: float | None) -> Reward
     return term
 
 
+def _check_needed(name: str, signature: Signature, options: Mapping[str, Any]) -> None:
+    """Whether every option without a default is given, in the words of a command line."""
+    unset = [n for n, v in signature.options.items() if v is None and n not in options]
+    # A misspelt one may be the one that is missing, and is complained about next.
+    if unset and all(option in signature.settable for option in options):
+        needed = " and ".join(f"--option {option}=…" for option in unset)
+        raise RecipeError(f"reward {name!r} needs {needed}")
+
+
 def _signature(use: str, term: RewardTerm) -> Signature:
     """What it takes, read without importing anything of a user's here."""
     if use in BUILTIN:
@@ -238,8 +253,9 @@ def _with_arrays(steps: Mapping[int, Sequence[Path]]) -> list[int]:
 def _without_arrays(term: RewardTerm, lacking: Sequence[str], path: Path, step: int | None) -> str:
     told = f"reward {term.name!r} asks for {' and '.join(lacking)}, which "
     if path.is_file():
+        written = "" if "trajectories" in lacking else f"write {lacking[0]} into each line, or "
         return (
-            f"{told}{path} does not have; try it on a run that recorded latents "
+            f"{told}{path} does not have; {written}try it on a run that recorded latents "
             "(train.record_latents_every in its recipe)"
         )
     if step is not None and (whole := _with_arrays(_steps(path)[1])):

@@ -46,8 +46,8 @@ def rewards_table() -> Table:
     for point, found in zip(points, look([point.value for point in points]), strict=True):
         name = _named(point.name, point.dist.name if point.dist else point.value)
         if isinstance(found, RecipeError):
-            why = str(found).strip().splitlines()[-1]
-            table.add_row(name, "", "", "", Text(f"cannot be imported: {why}", style="red"))
+            why = str(found).splitlines()[0].removeprefix(f"{point.value} ")
+            table.add_row(name, "", "", "", Text(why, style="red"))
             continue
         about = _described(_sentence(found.summary), found)
         if point.name in BUILTIN:
@@ -62,9 +62,12 @@ def _named(name: str, origin: str) -> Text:
 
 def _described(summary: str, signature: Signature) -> Text:
     text = Text(summary)
-    options = [n if v is None else f"{n}={v}" for n, v in signature.options.items()]
-    if options:
-        text.append(f"{chr(10) if summary else ''}({', '.join(options)})", style="dim")
+    needed = [name for name, default in signature.options.items() if default is None]
+    others = [f"{n}={default}" for n, default in signature.options.items() if default is not None]
+    parts = [f"needed: {', '.join(needed)}"] if needed else []
+    parts += [", ".join(others)] if others else []
+    if parts:
+        text.append(f"{chr(10) if summary else ''}({'; '.join(parts)})", style="dim")
     return text
 
 

@@ -57,10 +57,21 @@ def _look(target: str) -> Signature | RecipeError:
         if not answer.is_file():
             text = said.read_text(encoding="utf-8", errors="replace").strip()
             text = text or f"the process ended with {process.returncode}"
-            return RecipeError(f"{target} cannot be imported:\n{text}")
+            return RecipeError(f"{target} cannot be imported: {_cause_first(text)}")
         values: Any = json.loads(answer.read_text(encoding="utf-8"))
     lists: Any = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     return Signature(**{**values, **lists})
+
+
+def _cause_first(said: str) -> str:
+    """What a process said at its end, with the message of an error before its traceback."""
+    lines = said.splitlines()
+    # A message may have lines of its own, so it is the first one after the innermost frame.
+    frames = [place for place, line in enumerate(lines) if line.startswith('  File "')]
+    after = lines[frames[-1] :] if frames else lines[-1:]
+    cause = next((line for line in after if line[:1].strip()), "")
+    rest = lines if frames or not cause else lines[:-1]
+    return "\n".join([cause, *rest] if cause else lines)
 
 
 if __name__ == "__main__":

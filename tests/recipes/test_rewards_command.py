@@ -115,7 +115,8 @@ def test_list_shows_what_comes_with_foresight() -> None:
     assert rows["temporal_order"][1:6] == ["shaping", "0.3", "0", "to", "1"]
     assert rows["repetition"][1:6] == ["shaping", "0.1", "-1", "to", "0"]
     assert "(temperature=0.5, scale=bounded)" in output
-    assert "(policy, tokens_per_patch=1, capacity=1024)" in output
+    assert "(needed: policy; tokens_per_patch=1, capacity=1024)" in output
+    assert "(needed: base_url, model; api_key_env=OPENAI_API_KEY," in output
     assert "Does the policy use the order of the frames?" in output
 
 
@@ -145,7 +146,8 @@ def test_list_shows_packages_and_which_cannot_be_imported(
     assert row.split()[1:6] == ["shaping", "0.1", "0", "to", "1"]
     assert "foresight-example-rewards" in output and "(wanted=2, least_change=0.0)" in output
     (row,) = (line for line in output.splitlines() if line.startswith(" broken"))
-    assert "ModuleNotFoundError: No module named 'no_such_module'" in row
+    assert "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'" in row
+    assert "no_such_module:f cannot" not in row
     assert "hidden by the built-in one; use odd_rewards:length" in output
     assert not {"foresight_example_rewards", "odd_rewards"} & sys.modules.keys()
 
@@ -285,6 +287,11 @@ def test_without_any_value_the_command_fails(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("use", "arguments", "complaint"),
     [
+        ("judge", (), "reward 'judge' needs --option base_url=… and --option model=…\n"),
+        ("judge", ("--option", "model=m"), "reward 'judge' needs --option base_url=…\n"),
+        ("judge", ("--option", "bass_url=b"), "did you mean 'base_url'?"),
+        ("latent_alignment", (), "reward 'latent_alignment' needs --option policy=…\n"),
+        (f"{FAULTY}:nothing", (), "cannot be imported: AttributeError: "),
         ("acuracy", (), "unknown reward 'acuracy'; did you mean 'accuracy'?"),
         ("nowhere.py:f", (), "there is no file"),
         (f"{FAULTY}:nothing", (), "has no 'nothing'"),
@@ -318,14 +325,84 @@ def test_files_that_lack_something_are_refused(run: Path, plain: Path, tmp_path:
     folder = run / "trajectories"
     record(tmp_path / "bare" / "trajectories", 1, two_groups(), arrays=False)
     asked = refused("length", tmp_path / "bare")
-    assert "trajectories and completion_ids" in asked
+    assert "asks for completion_ids" in asked
     assert "set train.record_latents_every" in asked
+    assert "write completion_ids into each line" in refused("length", plain)
+    assert "write " not in refused("temporal_diversity", plain)
     assert "(train.record_latents_every" in refused(
         "temporal_diversity", folder / "step-000004.jsonl"
     )
     body = "return [0.0] * len(completions)"
     use = mine(tmp_path, body, "completions, objects, **_")
     assert "asks for ['objects']" in refused(use, run)
+
+
+def test_options_of_a_persons_reward_are_checked(plain: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(
+        "def f(completions, *, bonus=1.0, **_): return [bonus] * len(completions)\n"
+        "class Sized:\n"
+        "    def __init__(self, size, *, bonus=1.0): self.size = size\n"
+        "    def __call__(self, completions, **_): return [self.size] * len(completions)\n"
+    )
+
+    def refused(name: str, *arguments: object) -> str:
+        code, output = invoke("try", f"{file}:{name}", "--on", plain, *arguments)
+        assert code == 2
+        return output.removeprefix("error: ").rstrip()
+
+    close = "unknown option 'bonsu'; did you mean 'bonus'? known: ['bonus']"
+    assert refused("f", "--option", "bonsu=3") == f"reward 'f': {close}"
+    assert refused("Sized") == "reward 'Sized' needs --option size=…"
+    assert refused("Sized", "--option", "bonus=2") == "reward 'Sized' needs --option size=…"
+    assert "did you mean 'size'?" in refused("Sized", "--option", "sise=3")
+    assert values(attempt(f"{file}:Sized", plain, "--option", "size=3")[1]) == [3.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        ("raise ValueError('first line\\n  second line\\nthird line')", "ValueError: first line"),
+        ("def f(:", "SyntaxError: invalid syntax"),
+        ("try:\n    1 / 0\nexcept ValueError: pass", "ZeroDivisionError: division by zero"),
+        ("try: {}['a']\nexcept KeyError as e: raise OSError('gone') from e", "OSError: gone"),
+        ("raise SystemExit('not today')", "not today"),
+        ("import os; os._exit(3)", "the process ended with 3"),
+    ],
+)
+def test_why_a_file_cannot_be_imported_comes_first(
+    plain: Path, tmp_path: Path, source: str, cause: str
+) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text(source)
+    code, output = invoke("try", f"{file}:f", "--on", plain)
+    first, *rest = output.splitlines()
+    assert code == 2
+    assert first == f"error: reward 'f': {file.resolve()}:f cannot be imported: {cause}"
+    traced = cause.partition(":")[0].endswith("Error")
+    assert rest[:1] == (["Traceback (most recent call last):"] if traced else [])
+    assert any("bad.py" in line for line in rest) == traced
+
+
+def test_a_column_that_an_option_hides_is_told_of(plain: Path, tmp_path: Path) -> None:
+    body = "return [float(n)] * len(completions)"
+    output, trial = attempt(mine(tmp_path, body, "completions, *, n=5, **_"), plain)
+    assert values(trial) == [5.0] * 3
+    assert "note: reward 'helpful': the column 'n' does not reach it" in output
+
+
+def test_lengths_of_a_persons_file_that_has_token_ids(tmp_path: Path) -> None:
+    """Its lines know no budget, so an option says it."""
+    # The buffer is 8, a fifth of 40: 0 up to 32 tokens, (32 - 36) / 8 at 36, -1 from 40 on.
+    rows = [
+        {"question": "Q", "completion": "some text", "completion_ids": [7] * count}
+        for count in (1, 32, 36, 40, 90)
+    ]
+    file = lines(tmp_path / "ids.jsonl", rows)
+    _, trial = attempt("length", file, "--option", "max_length=40")
+    assert values(trial) == [0.0, 0.0, -0.5, -1.0, -1.0]
+    output, trial = attempt("length", file, code=1)
+    assert trial["summary"]["invalid"] == 5 and "needs the option max_length" in output
 
 
 def test_what_is_only_liked_may_be_missing(run: Path, plain: Path, tmp_path: Path) -> None:

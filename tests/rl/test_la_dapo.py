@@ -380,6 +380,8 @@ def test_a_control_with_shuffled_frames_is_sampled_when_a_reward_asks(build):
     terms = [RewardTerm("outcome", coin, 1.0, shaping=False)]
     terms += build_terms([{"use": "temporal_order", "name": "order"}])
     trainer = build(scorer=RewardSet(terms), max_steps=1)
+    kept = []
+    trainer._recorder = kept.append
     asked, generate = [], trainer.rollouts.generate
     trainer.rollouts.generate = lambda requests: asked.append(requests) or generate(requests)
     seen = watched(trainer)
@@ -395,7 +397,11 @@ def test_a_control_with_shuffled_frames_is_sampled_when_a_reward_asks(build):
     assert {tuple(sorted(t.media[0].frames)) for t in seen["trajectories"]} == {
         t.media[0].frames for t in seen["trajectories"]
     }
-    assert 0.0 <= logs(trainer)[0]["rewards/order/mean"] <= 1.0
+    control_of = dict(zip((r.sample.id for r in control), generate(control), strict=True))
+    for group, scores in zip(kept[0].groups, kept[0].scores, strict=True):
+        shuffled = coin([t.completion_ids.tolist() for t in control_of[group.group.sample.id]])
+        passes = sum(scores.outcome) / SIZE >= 0.8 * sum(shuffled) / len(shuffled)
+        assert scores.components["order"] == [o * passes for o in scores.outcome]
 
 
 def test_a_trajectory_with_an_invalid_outcome_is_not_trained_on(build):
