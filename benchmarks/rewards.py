@@ -60,6 +60,7 @@ def trajectory(rng: np.random.Generator, torch_rng: torch.Generator) -> Trajecto
         completion_ids=ids,
         decision=np.ones(len(ids), dtype=np.int8),
         logprobs=np.zeros(len(ids), dtype=np.float32),
+        kept=np.zeros(len(ids), dtype=np.int32),
         latents=torch.randn(count, WIDTH, generator=torch_rng).to(torch.bfloat16),
         latent_logprobs=np.zeros(count),
         span_lengths=(STEPS,) * SPANS,

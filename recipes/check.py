@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoProcessor
 
+from recipes.engines import EngineChoice, recipe_engine
 from recipes.loading import Recipe
 from recipes.schema import LADAPORecipe, SFTRecipe
 from rewards.batch import make_batch
@@ -41,6 +42,7 @@ class Plan:
     as_it_is: bool  # whether training starts from exactly that policy
     rewards: list[RewardTerm]  # none in SFT
     warnings: list[str]  # what is allowed, and probably not meant
+    engine: EngineChoice | None  # what samples; None in SFT
 
 
 def check_recipe(recipe: Recipe) -> Plan:
@@ -80,6 +82,7 @@ def check_recipe(recipe: Recipe) -> Plan:
         protocol == own,
         rewards,
         warnings,
+        recipe_engine(recipe),
     )
 
 

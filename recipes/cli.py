@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+
+from rollouts import vllm_cpu
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,6 +62,7 @@ def main(
     ] = False,
 ) -> None:
     """Reinforcement learning for video models that think in latents."""
+    vllm_cpu.install()  # before anything imports TRL, which imports a vLLM that it finds
 
 
 @app.command()
@@ -90,6 +93,8 @@ def check(recipe: RecipeFile, settings: Settings = None, debug: Debug = False) -
     for warning in plan.warnings:
         typer.echo(f"note: {warning}")
     typer.echo(f"{recipe} is fine: rows {counts}; runs to {loaded.output}")
+    if plan.engine is not None:
+        typer.echo(str(plan.engine))
 
 
 @app.command()
@@ -108,6 +113,10 @@ def evaluate(
     frames: Annotated[int, typer.Option(min=1, help="Frames shown of rows that list none.")] = 16,
     video_root: Annotated[Path | None, typer.Option(help="Where video paths start from.")] = None,
     system_prompt: Annotated[str | None, typer.Option(help="Opens every prompt.")] = None,
+    engine: Annotated[
+        Literal["auto", "transformers", "vllm"],
+        typer.Option(help="What samples; auto: vllm on GPUs, if installed."),
+    ] = "auto",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here as well.")
     ] = None,
@@ -128,6 +137,7 @@ def evaluate(
             default_frames=frames,
             video_root=video_root,
             system_prompt=system_prompt,
+            engine=engine,
             console=Console(),
         )
         Console().print(evaluation.table())

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from transformers import AutoProcessor
 
+from recipes.engines import choose_engine, gpu_share, vllm_options
 from recipes.evaluate import MODES, Evaluation
-from recipes.sampling import evaluate_with_bar, gpu_share, start_pool
+from recipes.sampling import evaluate_with_bar, start_pool
+from recipes.schema import RolloutsSection
 from rl.data.manifest import read_manifest
 from rl.data.media import MediaProcessor
 from rl.errors import PolicyError, RecipeError
@@ -33,11 +35,13 @@ def evaluate_policy(
     video_root: str | Path | None = None,
     system_prompt: str | None = None,
     media_cache: int = 512,
+    engine: Literal["auto", "transformers", "vllm"] = "auto",
     console: Console | None = None,
 ) -> Evaluation:
     """Evaluate a policy folder, or the policy of a run, on a manifest with `workers` Ray workers.
 
     The workers share out this machine's GPUs; the `media_cache` last used clips are kept in memory.
+    `engine` is as `rollouts.engine` of a recipe.
 
     Raises `RecipeError` for an unknown mode, `PolicyError` or `CheckpointError` for a folder that
     holds no policy, and the errors of manifests and videos.
@@ -56,13 +60,18 @@ def evaluate_policy(
     settings: dict[str, Any] = {"default_frames": default_frames, "system_prompt": system_prompt}
     media = MediaProcessor(AutoProcessor.from_pretrained(folder), **settings)
     gpus = torch.cuda.device_count()
+    share = gpu_share(workers, gpus)
+    choice = choose_engine(engine, folder, gpu=gpus > 0)
+    console.print(str(choice))
+    options = vllm_options(RolloutsSection(), share, trainer=False)
     spec = EngineSpec(
         str(folder),
+        engine=choice.engine,
+        options=options if choice.engine == "vllm" else {},
         dtype="bfloat16" if gpus else "float32",
         device="cuda" if gpus else "cpu",
         **settings,
     )
-    share = gpu_share(workers, gpus)
     with start_pool(
         spec, media, workers, console, gpus_per_worker=share, media_capacity=media_cache
     ) as pool:

@@ -221,7 +221,10 @@ _SET_BY_RUN = {
     "reward_weights": "write rewards with their weights",
 }
 # Arguments of a trainer that would break a run or do nothing in it, and why.
-_SAMPLING = "trajectories are sampled and scored without it; of sampling, write train.temperature"
+_SAMPLING = (
+    "trajectories are sampled and scored without it; of sampling, write train.temperature, "
+    "train.top_p or train.top_k"
+)
 _ENTROPY = "LA-DAPO's objective has no entropy term; leave it out"
 _NOT_OURS = {
     "save_only_model": "a run could not be resumed; leave it out",
@@ -229,6 +232,7 @@ _NOT_OURS = {
     "sync_ref_model": "the reference stays the policy that the run starts from; leave it out",
     "generation_kwargs": _SAMPLING,
     "repetition_penalty": _SAMPLING,
+    "min_p": _SAMPLING,
     "entropy_coef": _ENTROPY,
     "use_adaptive_entropy": _ENTROPY,
     "entropy_coef_min": _ENTROPY,

@@ -4,7 +4,6 @@ progress shown.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,14 +14,13 @@ from transformers import TrainerState
 
 from recipes.callbacks import progress_bar
 from recipes.check import Plan
-from recipes.configs import uses_gpu
+from recipes.engines import choose_engine, vllm_options, worker_gpus
 from recipes.evaluate import Evaluation, Outcomes, Sampler, evaluate
 from recipes.loading import Recipe
 from recipes.run_folder import RunFolder
 from recipes.schema import LADAPORecipe
 from rewards.scorer import RewardSet
 from rl.data.media import LocalMedia, MediaProcessor
-from rl.errors import RecipeError
 from rl.policy.protocol import Imagine
 from rl.trajectory import Sample
 from rollouts.pool import RolloutPool
@@ -30,25 +28,6 @@ from rollouts.transformers_engine import TransformersEngine
 from rollouts.worker import EngineSpec
 
 _SIDE_BY_SIDE = 32  # answers of an engine in the trainer's own process (SFT)
-
-
-def gpu_share(workers: int, gpus: int, booked: float = 0.0) -> float:
-    """The share of a GPU that each of `workers` gets of `gpus`, of which `booked` are for others: 1
-    at most, 0 without GPUs.
-
-    A worker has to fit on one GPU, so 3 workers on 2 GPUs take 0.5 each, not 0.66. Ray counts in
-    ten-thousandths, so the share is rounded down to those. Raises `RecipeError` if nothing is left.
-    """
-    if gpus == 0:
-        return 0.0
-    left = gpus if booked < 1.0 else gpus - math.ceil(booked)  # whole GPUs, or room on each
-    if left < 1:
-        raise RecipeError(
-            f"the rewards' `gpus` add up to {booked:g}, and there are {gpus}: none is left for the "
-            "rollout workers. Lower them, or set rollouts.gpus_per_worker"
-        )
-    room = 1.0 - booked if booked < 1.0 else 1.0
-    return math.floor(1e4 * room / math.ceil(workers / left)) / 1e4
 
 
 def start_pool(
@@ -92,15 +71,16 @@ def rollout_pool(
         yield None
         return
     settings = recipe.rollouts
-    gpus = settings.gpus_per_worker
-    if gpus is None:
-        there = torch.cuda.device_count() if uses_gpu(recipe) else 0
-        gpus = gpu_share(settings.workers, there, sum(spec.gpus for spec in recipe.rewards))
+    gpus = worker_gpus(recipe)
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if gpus else "float32"
+    choice = choose_engine(settings.engine, start, gpu=gpus > 0)
+    console.print(str(choice))
     spec = EngineSpec(
         policy=start,
+        engine=choice.engine,
+        options=vllm_options(settings, gpus) if choice.engine == "vllm" else {},
         dtype=dtype,
         device="cuda" if gpus else "cpu",
         max_batch_size=settings.max_batch_size,

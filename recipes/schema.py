@@ -124,10 +124,44 @@ class RaySection(Section):
     )
 
 
+class VLLMSection(Section):
+    """How vLLM runs in a worker."""
+
+    max_model_len: Count | None = Field(
+        default=None,
+        description="Most tokens of prompt and completion; null: what policy and memory allow.",
+    )
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        default=None,
+        description="Share of a GPU's memory for a worker; null: 0.4 of the worker's part, beside "
+        "the trainer.",
+    )
+    kv_cache_gb: Positive | None = Field(
+        default=None,
+        description="KV cache of a worker; null: what is left of its share (CPU: 0.25).",
+    )
+    tensor_parallel_size: Count = Field(
+        default=1, description="GPUs that one worker spreads the policy over."
+    )
+    max_num_batched_tokens: Count | None = Field(
+        default=None, description="Tokens in one step of a worker; null: vLLM's choice."
+    )
+    enforce_eager: bool = Field(
+        default=False, description="Without CUDA graphs and compilation; always so on a CPU."
+    )
+    media_cache_gb: NotNegative = Field(
+        default=4.0, description="Processed clips that vLLM keeps, so that a group sends one."
+    )
+
+
 class RolloutsSection(Section):
     """The workers that sample."""
 
-    engine: Literal["transformers"] = Field(default="transformers", description="What samples.")
+    engine: Literal["auto", "transformers", "vllm"] = Field(
+        default="auto",
+        description="What samples; auto: vllm where it is installed and there is a GPU, else "
+        "transformers.",
+    )
     workers: Count = Field(
         default=1, description="Ray actors, each with its own copy of the policy."
     )
@@ -147,13 +181,9 @@ class RolloutsSection(Section):
     timeout_s: Positive = Field(
         default=600.0, description="Seconds until a call to a worker counts as failed."
     )
-
-    @field_validator("engine", mode="before")
-    @classmethod
-    def _known_engine(cls, engine: Any) -> Any:
-        if engine in ("vllm", "auto"):
-            raise ValueError(f"engine {engine!r} is not in this version yet; write 'transformers'")
-        return engine
+    vllm: VLLMSection = Field(
+        default=VLLMSection(), description="Settings of vLLM, where it is what samples."
+    )
 
 
 class RewardSection(Section):
@@ -324,6 +354,15 @@ class LADAPOSection(TrainSection):
     temperature: Positive = Field(
         default=0.9, description="Of sampling and of log-probs (Future-L1)."
     )
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0,
+        description="Free tokens come from the fewest whose probability reaches this (Future-L1: "
+        "0.99); 1: from all. Log-probs follow.",
+    )
+    top_k: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="Free tokens come from the so many likeliest, before top_p; 0: from all.",
+    )
     epsilon: Share = Field(
         default=0.2, description="Lower clip of the token ratio (DAPO, Future-L1)."
     )
@@ -469,6 +508,8 @@ class LADAPORecipe(_Recipe):
 
     # What may change between a run and its resumption without changing what is learned.
     HARMLESS: ClassVar[frozenset[str]] = _Recipe.HARMLESS | {
+        "rollouts.engine",
+        "rollouts.vllm",
         "rollouts.workers",
         "rollouts.max_batch_size",
         "rollouts.ray",

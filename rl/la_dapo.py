@@ -192,7 +192,12 @@ class LADAPOTrainer(GRPOTrainer):
         number = number + 1 if step == self.state.global_step else 0
         self._last_sampled[mode] = (self.state.global_step, number)
         place = f"{mode}/{self.state.global_step}/{number}"
-        sampling = Sampling(temperature=self.temperature, max_new_tokens=self.max_completion_length)
+        sampling = Sampling(
+            self.temperature,
+            self.max_completion_length,
+            top_p=self.args.top_p,
+            top_k=self.args.top_k,
+        )
         collected = self.collector.collect(
             [self.samples[row["sample_id"]] for row in inputs[::size]],
             size,

@@ -26,8 +26,8 @@ IGNORED: dict[str, Any] = {
 class LADAPOConfig(GRPOConfig):
     """TRL's `GRPOConfig` plus the latent term, the group filter and the replay check.
 
-    Of TRL's own arguments `epsilon_high` defaults to DAPO's 0.28 here; `temperature` is the
-    sampler's as well.
+    Of TRL's own arguments `epsilon_high` defaults to DAPO's 0.28 here; `temperature`, `top_p` and
+    `top_k` are the sampler's as well.
     """
 
     epsilon_high: float | None = field(
@@ -91,13 +91,20 @@ class LADAPOConfig(GRPOConfig):
             raise ObjectiveError(
                 "temperature must be above 0: a greedy policy has no log-probs to learn from"
             )
-        for name, inert in (("top_p", 1.0), ("top_k", 0), ("min_p", None)):
-            if getattr(self, name) not in (inert, None):
-                raise ObjectiveError(
-                    f"{name}={getattr(self, name)} is not supported: replay scores the whole "
-                    f"distribution, and truncated sampling would bias the ratio. Leave {name} at "
-                    "its default"
-                )
+        if not 0.0 < self.top_p <= 1.0:
+            raise ObjectiveError(
+                f"top_p is {self.top_p}; it must be above 0 and at most 1, which keeps all tokens"
+            )
+        if self.top_k < 0 or self.top_k == 1:
+            raise ObjectiveError(
+                f"top_k is {self.top_k}; it must be at least 2, or 0, which keeps all tokens: a "
+                "choice among one token has nothing to learn from"
+            )
+        if self.min_p not in (0.0, None):
+            raise ObjectiveError(
+                f"min_p={self.min_p} is not supported: replay knows no such truncation, and ratios "
+                "would be biased. Leave it out, or set top_p or top_k"
+            )
         for name, inert in IGNORED.items():
             if getattr(self, name) != inert:
                 raise ObjectiveError(

@@ -21,6 +21,7 @@ ARRAYS = {
     "completion_ids": "completion_offsets",
     "decision": "completion_offsets",
     "logprobs": "completion_offsets",
+    "kept": "completion_offsets",
     "latents": "latent_offsets",
     "latent_logprobs": "latent_offsets",
 }
@@ -112,6 +113,9 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
         raise DataError(
             f"{file}: damaged, or no file of arrays ({error}); copy it again"
         ) from error
+    if "kept" not in tensors and "completion_ids" in tensors:
+        # Version 1: nothing was truncated. Where something was, the trajectory refuses zeros.
+        tensors["kept"] = torch.zeros_like(tensors["completion_ids"], dtype=torch.int32)
     if missing := sorted({*ARRAYS, *ARRAYS.values()} - tensors.keys()):
         raise DataError(f"{file}: has no {', '.join(missing)}, so it is no record's; copy it again")
     return tensors

@@ -15,7 +15,7 @@ from rl.trajectory import MediaKey, Sample, Sampling
 
 # A manifest row's own columns.
 COLUMNS = tuple(f.name for f in fields(Sample) if f.name != "extra")
-VERSION = 1
+VERSION = 2
 MARK = "foresight_record"  # the key by which a line says that it is a record's
 
 Row = dict[str, Any]
@@ -57,11 +57,13 @@ def group_key(row: Row) -> Hashable:
 
 
 def _recorded(values: Row, where: str) -> Row:
-    if values[MARK] != VERSION:
+    if type(values[MARK]) is not int or not 1 <= values[MARK] <= VERSION:
         raise DataError(
-            f"{where}: {MARK} is {_short(values[MARK])}; this Foresight reads version {VERSION}. "
-            "Read the file with the Foresight that wrote it"
+            f"{where}: {MARK} is {_short(values[MARK])}; this Foresight reads versions 1 to "
+            f"{VERSION}. Read the file with the Foresight that wrote it"
         )
+    if values[MARK] == 1 and _object(values.get("sampling")):  # before there was truncation
+        values = {**values, "sampling": {"top_p": 1.0, "top_k": 0, **values["sampling"]}}
     _check(values, {**SAMPLE, **RECORD}, where, optional=("options", "frames", "imagine"))
     for key in ("invalid", "arrays"):
         if key in values:
@@ -181,6 +183,10 @@ def _sampling(value: Any) -> bool:
         and type(value["temperature"]) in (int, float)
         and _whole(value["max_new_tokens"])
         and value["imagine"] in get_args(Imagine)
+        and type(value["top_p"]) in (int, float)
+        and 0 < value["top_p"] <= 1
+        and _whole(value["top_k"])
+        and value["top_k"] >= 0
     )
 
 

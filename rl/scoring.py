@@ -52,6 +52,7 @@ def collate(
     mask = np.zeros(shape, dtype=np.int64)
     slots = np.zeros(shape, dtype=np.int8)
     may_start = np.zeros(shape, dtype=bool)
+    kept = np.zeros(shape, dtype=np.int32)
     for row, t in enumerate(trajectories):
         trace = policy.protocol.trace(t.completion_ids, policy.latent_tokens, t.sampling.imagine)
         if not np.array_equal(trace.slots, t.decision):
@@ -63,6 +64,7 @@ def collate(
         ids[row, start:end] = np.concatenate([t.prompt_ids, t.completion_ids])
         mask[row, start:end] = 1
         slots[row, p:end], may_start[row, p:end] = trace.slots, trace.may_start
+        kept[row, p:end] = t.kept
     input_ids = torch.from_numpy(ids)
     clips = [media.get(key).inputs for t in trajectories for key in t.media]
     inputs: dict[str, Any] = {
@@ -79,6 +81,7 @@ def collate(
             torch.tensor(
                 [t.sampling.temperature or 1.0 for t in trajectories], dtype=torch.float32
             ),
+            torch.from_numpy(kept),
         ),
     }
     return ReplayBatch(

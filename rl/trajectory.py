@@ -51,12 +51,32 @@ class Sampling:
     latent its mean.
 
     `imagine`: "free" lets the policy open spans, "always" forces one at the start, "never" forbids
-    them.
+    them. `top_k` (0: no limit) and `top_p` (1: no limit) truncate the distribution of free tokens:
+    to the likeliest k, then to the fewest of those whose mass reaches p (see
+    `rl.policy.scores.truncate`). Decisions and latents are never truncated, nor is greedy sampling.
+    Raises `TrajectoryError`.
     """
 
     temperature: float = 1.0
     max_new_tokens: int = 256
     imagine: Imagine = "free"
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.top_p <= 1.0:
+            raise TrajectoryError(
+                f"top_p is {self.top_p}; it must be above 0 and at most 1, which keeps all tokens"
+            )
+        if self.top_k < 0:
+            raise TrajectoryError(
+                f"top_k is {self.top_k}; it must be at least 0, which keeps all tokens"
+            )
+
+    @property
+    def truncated(self) -> bool:
+        """Whether free tokens are drawn from fewer than all tokens that are allowed."""
+        return self.temperature > 0 and (self.top_p < 1.0 or self.top_k > 0)
 
 
 @dataclass(frozen=True)
@@ -75,9 +95,10 @@ class Trajectory:
     """One sampled completion: C tokens, among them L latents of width H.
 
     `logprobs[t]` is the sampler's own log-probability of what was decided at position t, under its
-    temperature and bans: of the token at a TOKEN slot, of ending or continuing at a DECISION slot,
-    0 where it was forced. `latent_logprobs[l]` is the log-density of `latents[l]` (summed over H),
-    0 when sampling was greedy.
+    temperature, bans and truncation: of the token at a TOKEN slot, of ending or continuing at a
+    DECISION slot, 0 where it was forced. `kept[t]` says how many tokens truncated sampling kept at
+    a TOKEN slot, 0 where nothing was cut off. `latent_logprobs[l]` is the log-density of
+    `latents[l]` (summed over H), 0 when sampling was greedy.
     """
 
     sample_id: str
@@ -85,6 +106,7 @@ class Trajectory:
     completion_ids: np.ndarray  # int64 [C]
     decision: np.ndarray  # int8 [C], values of `Slot`
     logprobs: np.ndarray  # float32 [C]
+    kept: np.ndarray  # int32 [C]
     latents: torch.Tensor  # [L, H], exactly the vectors fed, in the dtype fed
     latent_logprobs: np.ndarray  # float64 [L]
     span_lengths: tuple[int, ...]
@@ -110,16 +132,26 @@ class Trajectory:
                 f"{sum(self.span_lengths)} and {len(self.latent_logprobs)} latent log-probs; these "
                 "must be equal"
             )
-        if not length == len(self.decision) == len(self.logprobs):
+        if not length == len(self.decision) == len(self.logprobs) == len(self.kept):
             raise TrajectoryError(
                 f"{where}: {length} tokens, {len(self.decision)} decisions, {len(self.logprobs)} "
-                "log-probs; these must be equal"
+                f"log-probs, {len(self.kept)} kept counts; these must be equal"
             )
         if len(self.prompt_ids) == 0 or length == 0:
             raise TrajectoryError(f"{where}: the prompt or the completion is empty")
         if self.logprobs[self.decision == Slot.FORCED].any():
             raise TrajectoryError(
                 f"{where}: a forced position has a log-prob; forced positions carry none"
+            )
+        truncated = (self.decision == Slot.TOKEN) & self.sampling.truncated
+        most = self.sampling.top_k or np.iinfo(np.int32).max
+        if not np.array_equal(self.kept > 0, truncated) or not (
+            np.all(self.kept >= 0) and np.all(self.kept <= most)
+        ):
+            raise TrajectoryError(
+                f"{where}: its kept counts do not fit temperature {self.sampling.temperature}, "
+                f"top_p {self.sampling.top_p} and top_k {self.sampling.top_k}; they are above 0 "
+                "(and at most top_k) at free tokens if sampling was truncated, and 0 elsewhere"
             )
 
     def __getstate__(self) -> dict[str, Any]:

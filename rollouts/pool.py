@@ -21,6 +21,8 @@ from rl.interfaces import Media, WeightUpdate
 from rl.trajectory import MediaKey, RolloutRequest, TrajectoryGroup
 from rollouts.worker import EngineSpec, RolloutWorker, fetch
 
+_CLOSING = 15.0  # seconds until a worker that does not end is killed
+
 
 class RayMedia:
     """Processed clips in Ray's object store, by key. Implements `rl.interfaces.MediaSource`.
@@ -90,6 +92,7 @@ class RolloutPool:
         if self._owns_ray:
             _start_ray(address, max(os.cpu_count() or 1, round(workers * cpus_per_worker)))
         self._workers: list[Any] = []
+        self._engine = spec.engine
         try:
             _check_resources(workers, cpus_per_worker, gpus_per_worker)
             actor = ray.remote(RolloutWorker).options(
@@ -144,6 +147,10 @@ class RolloutPool:
 
     def close(self) -> None:
         """Stop the workers, and Ray if this pool started it."""
+        # vLLM has processes of its own, which the workers end if they are given the time.
+        if self._engine == "vllm" and self._workers:
+            calls = [worker.close.remote() for worker in self._workers]
+            ray.wait(calls, num_returns=len(calls), timeout=_CLOSING)
         for worker in self._workers:
             ray.kill(worker)
         self._workers.clear()

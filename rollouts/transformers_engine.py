@@ -23,7 +23,8 @@ from rl.interfaces import Media, MediaSource, WeightUpdate
 from rl.policy.density import log_density, sample_latents
 from rl.policy.noise import Stream, uniform
 from rl.policy.protocol import SLOT_OF_STEP, Slot, SpanState, Step
-from rl.policy.scores import end_logprobs, full_logits, text_logits
+from rl.policy.sampling import decide, draw_text
+from rl.policy.scores import full_logits
 from rl.scoring import media_types
 from rl.trajectory import RolloutRequest, Sample, Sampling, Trajectory, TrajectoryGroup
 from rl.weights import state_checksum
@@ -40,6 +41,7 @@ class _Row:
     ids: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
     latents: list[torch.Tensor] = field(default_factory=list)
     latent_logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
@@ -226,6 +228,8 @@ class TransformersEngine:
         seeds = torch.tensor([row.seed for row in rows], device=self.device)
         places = torch.tensor([row.state.position for row in rows], device=self.device)
         heat = torch.tensor([row.sampling.temperature for row in rows], device=self.device)
+        top_p = torch.tensor([row.sampling.top_p for row in rows], device=self.device)
+        top_k = torch.tensor([row.sampling.top_k for row in rows], device=self.device)
         ids = torch.tensor(
             [
                 tokens.start if s is Step.START else tokens.end if s is Step.END else tokens.filler
@@ -234,29 +238,30 @@ class TransformersEngine:
             device=self.device,
         )
         logprobs = torch.zeros(len(rows), device=self.device)
+        kept = torch.zeros(len(rows), dtype=torch.int32, device=self.device)
 
         free = [i for i, s in enumerate(steps) if SLOT_OF_STEP[s] != Slot.FORCED]
         if free:
             logits = full_logits(self.policy.get_output_embeddings(), hidden[free])
-            # Greedy choices are reported at temperature 1: the greedy distribution itself is a
-            # point.
-            logits = logits / torch.where(heat[free] > 0, heat[free], 1.0)[:, None]
             text = [k for k, i in enumerate(free) if SLOT_OF_STEP[steps[i]] == Slot.TOKEN]
             if text:
                 at = [free[k] for k in text]
                 may_start = torch.tensor([steps[i] is Step.TOKEN for i in at], device=self.device)
-                logp = torch.log_softmax(text_logits(logits[text], may_start, tokens), -1)
-                drawn = _draw(logp, uniform(seeds[at], Stream.TOKEN, places[at]))
-                ids[at] = torch.where(heat[at] > 0, drawn, logp.argmax(-1))
-                logprobs[at] = logp.gather(1, ids[at][:, None])[:, 0]
-            decide = [k for k, i in enumerate(free) if steps[i] is Step.DECIDE]
-            if decide:
-                at = [free[k] for k in decide]
-                end, more = end_logprobs(logits[decide], tokens)
+                ids[at], logprobs[at], kept[at] = draw_text(
+                    logits[text],
+                    may_start,
+                    heat[at],
+                    top_p[at],
+                    top_k[at],
+                    uniform(seeds[at], Stream.TOKEN, places[at]),
+                    tokens,
+                    any_truncated=any(rows[i].sampling.truncated for i in at),
+                )
+            inside = [k for k, i in enumerate(free) if steps[i] is Step.DECIDE]
+            if inside:
+                at = [free[k] for k in inside]
                 u = uniform(seeds[at], Stream.DECISION, places[at])
-                ends = torch.where(heat[at] > 0, u < end.exp(), end >= more)
-                ids[at] = torch.where(ends, tokens.end, tokens.filler)
-                logprobs[at] = torch.where(ends, end, more)
+                ids[at], logprobs[at] = decide(logits[inside], heat[at], u, tokens)
 
         fed = self._fed(ids).nonzero()[:, 0]
         latents = hidden[:0]
@@ -267,12 +272,13 @@ class TransformersEngine:
             for i, latent, density in zip(fed.tolist(), latents, densities, strict=True):
                 rows[i].latents.append(latent)
                 rows[i].latent_logprobs.append(density)
-        for row, step, token, logprob in zip(
-            rows, steps, ids.tolist(), logprobs.tolist(), strict=True
+        for row, step, token, logprob, count in zip(
+            rows, steps, ids.tolist(), logprobs.tolist(), kept.tolist(), strict=True
         ):
             row.ids.append(token)
             row.slots.append(SLOT_OF_STEP[step])
             row.logprobs.append(logprob)
+            row.kept.append(count)
             row.state = protocol.advance(row.state, token, tokens, row.sampling.imagine)
             if token in self._eos:
                 row.finish_reason = "stop"
@@ -327,6 +333,7 @@ class TransformersEngine:
             completion_ids=ids,
             decision=np.array(row.slots, dtype=np.int8),
             logprobs=np.array(row.logprobs, dtype=np.float32),
+            kept=np.array(row.kept, dtype=np.int32),
             latents=latents,
             latent_logprobs=np.array(row.latent_logprobs, dtype=np.float64),
             span_lengths=policy.protocol.trace(
@@ -361,12 +368,3 @@ def _batches(
             room -= len(seeds)
     if batch:
         yield batch
-
-
-def _draw(logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Inverse-CDF draw of one token a row: log-probs [N, V], uniforms [N] -> ids [N]."""
-    cdf = logp.double().exp().cumsum(-1)
-    # Scaling by the last entry keeps rounding from pushing u past the end, onto a banned token.
-    drawn = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
-    last = (logp > -torch.inf).long().cumsum(-1).argmax(-1)
-    return torch.minimum(drawn, last)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 from ray.exceptions import RayTaskError
@@ -13,21 +13,29 @@ from ray.exceptions import RayTaskError
 from rl.interfaces import Engine, Media, WeightUpdate
 from rl.trajectory import MediaKey, RolloutRequest, TrajectoryGroup
 
+if TYPE_CHECKING:
+    from rl.data.media import MediaProcessor
+
+EngineName = Literal["transformers", "vllm"]
+
 
 @dataclass(frozen=True)
 class EngineSpec:
     """How to build an engine. `policy` is a folder that every worker can read.
 
-    `threads` are torch's threads in one worker: a tiny model decodes fastest with one.
+    `threads` are torch's threads in one worker: a tiny model decodes fastest with one. `options`
+    are keyword arguments of `rollouts.vllm_engine.VLLMOptions`, for vLLM alone.
     """
 
     policy: str
-    dtype: str = "float32"
+    engine: EngineName = "transformers"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
     max_batch_size: int = 64
     default_frames: int = 8
     system_prompt: str | None = None
     threads: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class RefMedia:
@@ -53,8 +61,6 @@ class RolloutWorker:
         from transformers.utils.logging import disable_progress_bar
 
         from rl.data.media import MediaProcessor
-        from rl.policy.model import load_policy
-        from rollouts.transformers_engine import TransformersEngine
 
         torch.set_num_threads(spec.threads)
         torch.set_flush_denormal(True)  # tiny probabilities otherwise cost a third of the time
@@ -64,13 +70,7 @@ class RolloutWorker:
             processor, default_frames=spec.default_frames, system_prompt=spec.system_prompt
         )
         self._media = RefMedia()
-        self._engine: Engine = TransformersEngine(
-            load_policy(spec.policy, dtype=getattr(torch, spec.dtype)),
-            self._processor,
-            self._media,
-            max_batch_size=spec.max_batch_size,
-            device=spec.device,
-        )
+        self._engine: Any = build_engine(spec, self._processor, self._media)
 
     def process(self, key: MediaKey) -> Media:
         """Decode and process one clip."""
@@ -91,6 +91,38 @@ class RolloutWorker:
 
     def health(self) -> dict[str, Any]:
         return {"pid": os.getpid(), **self._engine.health()}
+
+    def close(self) -> None:
+        """End what the engine started beside this process."""
+        if hasattr(self._engine, "close"):
+            self._engine.close()
+
+
+def build_engine(spec: EngineSpec, processor: MediaProcessor, media: RefMedia) -> Engine:
+    """The engine of `spec`. Raises `RolloutError` if it cannot start."""
+    if spec.engine == "vllm":
+        from rollouts.vllm_engine import VLLMEngine, VLLMOptions
+
+        return VLLMEngine(
+            spec.policy,
+            processor,
+            media,
+            dtype=spec.dtype,
+            max_batch_size=spec.max_batch_size,
+            options=VLLMOptions(**spec.options),
+        )
+    import torch
+
+    from rl.policy.model import load_policy
+    from rollouts.transformers_engine import TransformersEngine
+
+    return TransformersEngine(
+        load_policy(spec.policy, dtype=getattr(torch, spec.dtype)),
+        processor,
+        media,
+        max_batch_size=spec.max_batch_size,
+        device=spec.device,
+    )
 
 
 def fetch(ref: Any, timeout: float | None = None) -> Any:

@@ -15,4 +15,9 @@ os.environ.update(
     OMP_NUM_THREADS="1",
 )
 
-import rl  # noqa: F401 - makes torchvision importable before a test imports transformers
+# Before TRL or a test imports vLLM, which settles on import what it can do.
+from rollouts import vllm_cpu
+
+vllm_cpu.install()
+
+import rl  # noqa: E402, F401 - makes torchvision importable before a test imports transformers

@@ -113,12 +113,12 @@ def tiny_model(
     """A random model of `family`: fp32, in eval mode, with weights large enough that logits vary.
 
     `vocab` is the number of token ids, by default those of `tiny_tokenizer()`. `hidden` is a
-    multiple of 8. The layers of qwen3_5 alternate between linear and full attention, so it needs at
-    least two.
+    multiple of 32, and attention heads are 32 wide, the least that vLLM takes on CPU. The layers of
+    qwen3_5 alternate between linear and full attention, so it needs at least two.
     """
     tokenizer = tiny_tokenizer()
     token = tokenizer.convert_tokens_to_ids
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4]}
     text: dict[str, Any] = {
         "vocab_size": vocab or len(tokenizer),
         "hidden_size": hidden,
@@ -152,7 +152,7 @@ def tiny_model(
     }
     torch.manual_seed(seed)
     if family == "qwen3_vl":
-        text |= {"head_dim": 16, "rope_parameters": rope | {"mrope_interleaved": True}}
+        text |= {"head_dim": 32, "rope_parameters": rope | {"mrope_interleaved": True}}
         vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
         model = Qwen3VLForConditionalGeneration(
             Qwen3VLConfig(text_config=text, vision_config=vision, **shared)
@@ -164,11 +164,11 @@ def tiny_model(
             )
         kinds = [("linear_attention", "full_attention")[i % 2] for i in range(layers)]
         text |= {
-            "head_dim": 16,
+            "head_dim": 32,
             "rope_parameters": rope | {"mrope_interleaved": True, "partial_rotary_factor": 1.0},
             "layer_types": kinds,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
         }
@@ -177,12 +177,12 @@ def tiny_model(
             Qwen3_5Config(text_config=text, vision_config=vision, **shared)
         )
     else:
-        sections = [
-            hidden // 8 - 2 * (hidden // 32),
-            hidden // 32,
-            hidden // 32,
-        ]  # sum to half a head of hidden / 4
-        text |= {"rope_parameters": rope | {"mrope_section": sections}}
+        heads = hidden // 32  # this family derives the width of a head from their number
+        text |= {
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "rope_parameters": rope,
+        }
         vision |= {"window_size": 4 * PATCH, "fullatt_block_indexes": [1]}
         model = Qwen2_5_VLForConditionalGeneration(
             Qwen2_5_VLConfig(text_config=text, vision_config=vision, **shared)

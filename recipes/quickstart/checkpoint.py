@@ -151,12 +151,12 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
-            "head_dim": 16,
+            "head_dim": 32,
             "max_position_embeddings": MAX_TOKENS,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1e4,
-                "mrope_section": [4, 2, 2],  # time, height, width; must sum to head_dim / 2
+                "mrope_section": [8, 4, 4],  # time, height, width; must sum to head_dim / 2
                 "mrope_interleaved": True,
             },
             "initializer_range": spread,

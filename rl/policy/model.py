@@ -63,10 +63,8 @@ class LatentPolicy(_Base):
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        settings = policy_settings(config)
-        self.protocol = LatentProtocol.from_dict(settings["protocol"])
-        self.latent_tokens = LatentTokens(**{k: _tuples(v) for k, v in settings["tokens"].items()})
-        self.latent_head = HeadConfig(**settings["head"]).build(
+        self.protocol, self.latent_tokens = protocol_and_tokens(config)
+        self.latent_head = HeadConfig(**policy_settings(config)["head"]).build(
             config.get_text_config().hidden_size
         )
         self.latent_head.apply(self._init_weights)
@@ -165,6 +163,13 @@ def policy_settings(config: PretrainedConfig) -> dict[str, Any]:
             f"{_CONFIG_VERSION}"
         )
     return settings
+
+
+def protocol_and_tokens(config: PretrainedConfig) -> tuple[LatentProtocol, LatentTokens]:
+    """The protocol of a policy's config, and the ids of its tokens."""
+    settings = policy_settings(config)
+    tokens = {name: _tuples(ids) for name, ids in settings["tokens"].items()}
+    return LatentProtocol.from_dict(settings["protocol"]), LatentTokens(**tokens)
 
 
 @lru_cache

@@ -78,6 +78,7 @@ def taught_trajectory(
         completion_ids=completion,
         decision=trace.slots,
         logprobs=np.zeros(len(completion), dtype=np.float32),
+        kept=np.zeros(len(completion), dtype=np.int32),
         latents=latents,
         latent_logprobs=np.zeros(len(latents)),
         span_lengths=trace.span_lengths,

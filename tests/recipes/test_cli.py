@@ -154,6 +154,12 @@ def test_noise_zero_with_latent_weight(
     assert "noise_scale is 0" in output and "Set policy.noise_scale above 0" in output
 
 
+def test_a_single_token_to_choose_from(
+    recipe: Callable[..., Path], refused: Callable[..., str]
+) -> None:
+    assert "top_k is 1; it must be at least 2" in refused(recipe({"train.top_k": 1}))
+
+
 def test_impossible_budget(recipe: Callable[..., Path], refused: Callable[..., str]) -> None:
     assert "1 <= min_length <= max_length" in refused(recipe({"policy.min_length": 9}))
 

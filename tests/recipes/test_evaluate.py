@@ -49,6 +49,7 @@ class Scripted:
             completion_ids=ids,
             decision=np.full(len(ids), Slot.FORCED, dtype=np.int8),
             logprobs=np.zeros(len(ids), dtype=np.float32),
+            kept=np.zeros(len(ids), dtype=np.int32),
             latents=torch.zeros(latents, 4),
             latent_logprobs=np.zeros(latents),
             span_lengths=(latents,) if latents else (),

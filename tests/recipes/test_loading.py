@@ -124,10 +124,17 @@ def test_values_of_several_types_are_named_by_their_key(tmp_path: Path) -> None:
     assert recipe.train.arguments()["imagine_share"] == {"column": "level", "shares": {"0": 1.0}}
 
 
-@pytest.mark.parametrize("engine", ["vllm", "auto"])
-def test_engines_to_come_say_so(tmp_path: Path, engine: str) -> None:
-    message = failure(tmp_path, MINIMAL, [f"rollouts.engine={engine}"])
-    assert "rollouts.engine" in message and "not in this version yet" in message
+def test_an_unknown_engine_lists_the_known_ones(tmp_path: Path) -> None:
+    message = failure(tmp_path, MINIMAL, ["rollouts.engine=sglang"])
+    assert "rollouts.engine" in message and "'auto', 'transformers' or 'vllm'" in message
+
+
+def test_settings_of_vllm_are_checked(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL), ["rollouts.vllm.max_model_len=4096"])
+    assert isinstance(recipe, LADAPORecipe)
+    assert (recipe.rollouts.engine, recipe.rollouts.vllm.max_model_len) == ("auto", 4096)
+    message = failure(tmp_path, MINIMAL, ["rollouts.vllm.max_model_length=4096"])
+    assert "rollouts.vllm.max_model_length" in message and "max_model_len" in message
 
 
 @pytest.mark.parametrize(
@@ -166,6 +173,8 @@ def test_missing_file(tmp_path: Path) -> None:
         ({"sync_ref_model": True}, "the reference stays the policy that the run starts from"),
         ({"generation_kwargs": {}}, "sampled and scored without it"),
         ({"repetition_penalty": 1.1}, "sampled and scored without it"),
+        ({"min_p": 0.1}, "sampled and scored without it; of sampling, write train.temperature, "),
+        ({"top_p": 0.9}, "the recipe has a key for this; write train.top_p"),
         ({"entropy_coef": 0.1}, "no entropy term"),
         ({"use_adaptive_entropy": True}, "no entropy term"),
     ],
@@ -188,6 +197,29 @@ def test_refused_arguments_are_those_of_a_config() -> None:
 
     known = LADAPOConfig.__dataclass_fields__.keys() | LatentSFTConfig.__dataclass_fields__.keys()
     assert {*_NOT_OURS, *_SET_BY_RUN} <= known
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.top_p=0", "train.top_p: must be greater than 0"),
+        ("train.top_p=1.1", "train.top_p: must be less than or equal to 1"),
+        ("train.top_k=-1", "train.top_k: must be greater than or equal to 0"),
+        ("train.top_k=2.5", "train.top_k: must be a valid integer"),
+    ],
+)
+def test_nonsense_truncation(tmp_path: Path, override: str, words: str) -> None:
+    assert words in failure(tmp_path, MINIMAL, [override])
+
+
+def test_truncation_reaches_the_trainer(tmp_path: Path) -> None:
+    from recipes.configs import trainer_config
+
+    path = write(tmp_path, MINIMAL)
+    config = trainer_config(load_recipe(path))
+    assert (config.top_p, config.top_k) == (1.0, 0)
+    config = trainer_config(load_recipe(path, ["train.top_p=0.99", "train.top_k=50"]))
+    assert (config.top_p, config.top_k) == (0.99, 50)
 
 
 def test_media_cache_reaches_the_sft_config(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from recipes.sampling import gpu_share
+from recipes.engines import gpu_share
 from rl.errors import RecipeError
 
 

@@ -93,6 +93,7 @@ def trajectory(sample: Sample, *spans: torch.Tensor) -> Trajectory:
         completion_ids=np.array(ids),
         decision=np.full(len(ids), Slot.TOKEN, np.int8),
         logprobs=np.zeros(len(ids), np.float32),
+        kept=np.zeros(len(ids), np.int32),
         latents=latents,
         latent_logprobs=np.zeros(len(latents)),
         span_lengths=tuple(len(span) for span in spans),

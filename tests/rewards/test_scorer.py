@@ -35,6 +35,7 @@ def trajectory(sample, text, *spans):
         completion_ids=ids,
         decision=np.ones(len(ids), dtype=np.int8),
         logprobs=np.zeros(len(ids), dtype=np.float32),
+        kept=np.zeros(len(ids), dtype=np.int32),
         latents=latents,
         latent_logprobs=np.zeros(len(latents)),
         span_lengths=tuple(len(span) for span in spans),

@@ -117,6 +117,7 @@ def seen(sample: Sample, frames: tuple[int, ...]) -> TrajectoryGroup:
         completion_ids=np.array([1]),
         decision=np.ones(1, dtype=np.int8),
         logprobs=np.zeros(1, dtype=np.float32),
+        kept=np.zeros(1, dtype=np.int32),
         latents=torch.zeros(0, 2),
         latent_logprobs=np.zeros(0),
         span_lengths=(),

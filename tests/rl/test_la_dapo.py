@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -122,6 +123,18 @@ def test_every_ratio_is_one_at_the_first_update(build):
     assert logs(trainer)[1]["replay/max_gap"] <= 1e-5
     same = [n for n, p in trained(trainer).items() if torch.equal(p, before[n])]
     assert same == []
+
+
+def test_every_ratio_is_one_under_truncated_sampling(build):
+    trainer = build(temperature=0.9, top_p=0.9, top_k=20, beta=0.1)
+    seen = watched(trainer)
+    trainer.train()
+    first, second = logs(trainer)
+    assert first["replay/max_gap"] <= 1e-5 >= second["replay/max_gap"]
+    assert first["clip_ratio/region_mean"] == 0.0
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6)  # the reference is scored the same way
+    counts = np.concatenate([t.kept[t.kept > 0] for t in seen["trajectories"]])
+    assert len(set(counts.tolist())) > 1 and counts.max() <= 20
 
 
 def test_the_loss_by_hand(build):
@@ -326,8 +339,9 @@ def test_contradictions_are_refused(build, world, tmp_path):
         build(latent_alpha=0.0)  # tokens alone can be trained without noise
     finally:
         policy.set_protocol(PROTOCOL)
-    with pytest.raises(ObjectiveError, match="top_p"):
-        build(top_p=0.9)
+    for name, value in (("top_p", 0.0), ("top_k", -1), ("top_k", 1), ("min_p", 0.1)):
+        with pytest.raises(ObjectiveError, match=name):
+            build(**{name: value})
     with pytest.raises(ObjectiveError, match="entropy_coef"):
         build(entropy_coef=0.1)
     with pytest.raises(ObjectiveError, match="temperature"):

@@ -25,6 +25,7 @@ from tests.latent import engine_for, requests_for, square_samples, thinking_poli
 
 FILLER, WIDTH = 9, 3
 WEIGHTS = {"accuracy": 0.9, "repetition": 0.5}
+SAMPLING = dataclasses.asdict(Sampling())
 
 
 def trajectory(sample: str, *spans: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0):
@@ -41,6 +42,7 @@ def trajectory(sample: str, *spans: int, dtype: torch.dtype = torch.bfloat16, se
         completion_ids=np.array(ids),
         decision=decided,
         logprobs=(rng.normal(size=len(ids)) * (decided != Slot.FORCED)).astype(np.float32),
+        kept=(rng.integers(1, 20, size=len(ids)) * (decided == Slot.TOKEN)).astype(np.int32),
         latents=torch.from_numpy(rng.normal(size=(sum(spans), WIDTH))).to(dtype),
         latent_logprobs=rng.normal(size=sum(spans)),
         span_lengths=spans,
@@ -48,7 +50,7 @@ def trajectory(sample: str, *spans: int, dtype: torch.dtype = torch.bfloat16, se
         media=(MediaKey(f"{sample}.mp4", (0, 4, 8), "abc"), MediaKey("b.mp4", (), "abc")),
         policy_version=3,
         finish_reason="length" if seed % 2 else "stop",
-        sampling=Sampling(0.7, 64, "always"),
+        sampling=Sampling(0.7, 64, "always", 0.9, 20),
         seed=2**55 + seed,
         text="ein Ball 球\u2028<|latent_start|>\n\ud800",  # a separator and a lone surrogate too
     )
@@ -149,7 +151,7 @@ def test_real_trajectories(tmp_path):
     policy, processor = thinking_policy(tmp_path / "policy", dtype=torch.bfloat16)
     samples = square_samples(tmp_path / "clips", 2)
     free = requests_for(samples[:1])
-    never = requests_for(samples[1:], sampling=Sampling(0.7, 6, "never"))
+    never = requests_for(samples[1:], sampling=Sampling(0.7, 6, "never", top_p=0.9))
     groups = engine_for(policy, processor).generate([*free, *never])
     assert {t.imagined for g in groups for t in g} == {True, False}
     wrong = [0.0] * 3
@@ -179,6 +181,41 @@ def test_any_spans_come_back(tmp_path_factory, spans, dtype):
     assert again.trajectories is not None
     for mine, other in zip(again.trajectories, rows, strict=True):
         assert_equal(mine, other)
+
+
+def test_records_from_before_truncation_are_read(tmp_path, groups):
+    plain = [
+        TrajectoryGroup(
+            g.sample,
+            tuple(
+                dataclasses.replace(t, kept=0 * t.kept, sampling=Sampling(0.7, 64, "always"))
+                for t in g
+            ),
+        )
+        for g in groups
+    ]
+    path = write(tmp_path, plain)
+    rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+    for row in rows:
+        assert row[MARK] == 2 and row["sampling"].pop("top_p") == 1.0
+        assert row["sampling"].pop("top_k") == 0
+        row[MARK] = 1
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    file = path.with_suffix(".safetensors")
+    tensors = load_file(file)
+    assert not tensors.pop("kept").any()
+    save_file(tensors, file)
+    for again, group in zip(read_record(path), plain, strict=True):
+        assert again.trajectories is not None
+        for mine, other in zip(again.trajectories, group, strict=True):
+            assert_equal(mine, other)
+    # Truncated trajectories without their counts are not taken for whole ones.
+    path = write(tmp_path, groups)
+    tensors = load_file(file)
+    del tensors["kept"]
+    save_file(tensors, file)
+    with pytest.raises(DataError, match=r"line 1: row 0 .*kept counts do not fit"):
+        read_record(path)
 
 
 def test_one_trajectory_does_not_hold_on_to_the_others(tmp_path, groups):
@@ -334,7 +371,8 @@ def test_arrays_that_are_not_these(tmp_path, groups):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        (MARK, 2),
+        (MARK, 3),
+        (MARK, 0),
         ("step", "20"),
         ("group", None),
         ("rollout", "0"),
@@ -350,7 +388,12 @@ def test_arrays_that_are_not_these(tmp_path, groups):
         ("span_lengths", [1.5]),
         ("finish_reason", "done"),
         ("sampling", {"temperature": 1.0}),
-        ("sampling", {"temperature": 1.0, "max_new_tokens": 4, "imagine": ["free"]}),
+        ("sampling", {"temperature": 1.0, "max_new_tokens": 4, "imagine": "free"}),
+        ("sampling", SAMPLING | {"imagine": ["free"]}),
+        ("sampling", SAMPLING | {"top_p": 0.0}),
+        ("sampling", SAMPLING | {"top_p": True}),
+        ("sampling", SAMPLING | {"top_k": -1}),
+        ("sampling", SAMPLING | {"top_k": 2.0}),
         ("media", [{"path": "a.mp4", "frames": "0", "processor": "abc"}]),
         ("media", {}),
         ("arrays", {"file": "../step-000020.safetensors", "row": 0}),

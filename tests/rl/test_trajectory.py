@@ -11,6 +11,8 @@ from rl.errors import TrajectoryError
 from rl.policy.protocol import Slot
 from rl.trajectory import MediaKey, Sample, Sampling, Trajectory, TrajectoryGroup
 
+CUT = Sampling(top_k=4)
+
 
 @pytest.fixture
 def trajectory() -> Trajectory:
@@ -20,6 +22,7 @@ def trajectory() -> Trajectory:
         completion_ids=np.array([7, 9, 9, 8, 3]),
         decision=np.array([Slot.TOKEN, 0, Slot.DECISION, 0, Slot.TOKEN], dtype=np.int8),
         logprobs=np.array([-1, 0, -0.5, 0, -2], dtype=np.float32),
+        kept=np.zeros(5, dtype=np.int32),
         latents=torch.ones(2, 4, dtype=torch.bfloat16),
         latent_logprobs=np.array([-3.0, -4.0]),
         span_lengths=(2,),
@@ -64,6 +67,12 @@ def test_latents_survive_pickling_to_the_bit(trajectory, dtype):
         ({"latent_logprobs": np.zeros(3)}, "3 latent log-probs"),
         ({"latents": torch.ones(8)}, r"\[L, H\]"),
         ({"decision": np.zeros(4, dtype=np.int8)}, "4 decisions"),
+        ({"kept": np.zeros(4, dtype=np.int32)}, "4 kept counts"),
+        ({"kept": np.array([3, 0, 0, 0, 1])}, "kept counts do not fit .* top_p 1.0"),
+        ({"kept": np.array([-1, 0, 0, 0, 0])}, "kept counts do not fit"),
+        ({"sampling": Sampling(top_p=0.9)}, "kept counts do not fit .* top_p 0.9"),
+        ({"sampling": CUT, "kept": np.array([3, 0, 1, 0, 1])}, "at free tokens"),
+        ({"sampling": CUT, "kept": np.array([5, 0, 0, 0, 1])}, "at most top_k"),
         ({"logprobs": np.ones(5, dtype=np.float32)}, "forced"),
         ({"prompt_ids": np.array([], dtype=np.int64)}, "empty"),
     ],
@@ -71,6 +80,21 @@ def test_latents_survive_pickling_to_the_bit(trajectory, dtype):
 def test_contradictions_name_the_sample(trajectory, change, message):
     with pytest.raises(TrajectoryError, match=f"sample 'a'.*{message}"):
         dataclasses.replace(trajectory, **change)
+
+
+def test_truncated_sampling(trajectory):
+    dataclasses.replace(trajectory, sampling=CUT, kept=np.array([3, 0, 0, 0, 4], dtype=np.int32))
+    assert CUT.truncated and Sampling(top_p=0.5).truncated and not Sampling().truncated
+    assert not Sampling(0.0, top_p=0.5, top_k=3).truncated  # greedy
+
+
+@pytest.mark.parametrize(
+    "values", [{"top_p": 0.0}, {"top_p": 1.5}, {"top_p": np.nan}, {"top_k": -1}]
+)
+def test_nonsense_truncation_is_refused(values):
+    (name,) = values
+    with pytest.raises(TrajectoryError, match=f"{name} is .*must be"):
+        Sampling(**values)
 
 
 def test_a_group_is_of_one_sample(trajectory):

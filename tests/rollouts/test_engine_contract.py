@@ -1,4 +1,4 @@
-"""What every engine promises. `ENGINES` names those it is checked on."""
+"""What every engine promises, checked on each of `ENGINES`."""
 
 import dataclasses
 from collections import Counter
@@ -10,18 +10,21 @@ import torch
 from rl.errors import DataError, RolloutError, VideoError
 from rl.policy.protocol import LatentProtocol, Slot
 from rl.policy.scores import text_logits
-from rl.scoring import collate
+from rl.scoring import collate, replay
 from rl.trajectory import RolloutRequest, Sampling
 from rl.weights import state_checksum, weight_update
 from tests.latent import engine_for, requests_for, square_samples, thinking_policy
 from tests.tiny import FAMILIES
 
-ENGINES = {"transformers": engine_for}
+ENGINES = ("transformers", "vllm")
 
 
-@pytest.fixture(params=ENGINES.values(), ids=list(ENGINES))
+@pytest.fixture(params=ENGINES)
 def build(request):
-    return request.param
+    """Makes an engine of a policy and a processor."""
+    if request.param == "transformers":
+        return engine_for
+    return request.getfixturevalue("vllm_engines")
 
 
 @pytest.fixture
@@ -55,10 +58,17 @@ def test_groups_come_back_whole_and_in_order(build, samples, tmp_path):
         assert len(t.completion_ids) <= 20
 
 
+def on_cpu(family, build):
+    """Skips what vLLM cannot run on CPU."""
+    if family == "qwen3_5" and build is not engine_for and not torch.cuda.is_available():
+        pytest.skip("vLLM's CPU kernels for linear attention take bfloat16 alone")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_trajectory_does_not_depend_on_its_batch(build, family, samples, tmp_path):
     # Clips of 2, 4 and 6 frames and questions of different lengths: left padding and removal of
     # finished samples must not show.
+    on_cpu(family, build)
     policy, processor = thinking_policy(tmp_path / "p", family)
     requests = [
         dataclasses.replace(r, sampling=Sampling(1.0, 8 + 4 * i))
@@ -153,12 +163,19 @@ def test_placeholders_are_never_sampled(build, samples, tmp_path):
     assert not found.keys() & {*policy.latent_tokens.banned, policy.latent_tokens.filler}
 
 
-def test_frequencies_are_the_probabilities(build, samples, tmp_path):
+# Mass left over, tokens left over, and what decides between the two at once.
+TRUNCATIONS = {"whole": (1.0, 0), "top-p": (0.8, 0), "top-k": (1.0, 12), "both": (0.9, 20)}
+
+
+# On one engine: both draw with the same functions, and their equality is tested elsewhere.
+@pytest.mark.parametrize(("top_p", "top_k"), TRUNCATIONS.values(), ids=list(TRUNCATIONS))
+def test_frequencies_are_the_probabilities(top_p, top_k, samples, tmp_path):
     policy, processor = thinking_policy(
         tmp_path / "p", protocol=LatentProtocol(min_length=1, max_length=2, noise_scale=0.3)
     )
-    engine = build(policy, processor, max_batch_size=2000)
-    request = RolloutRequest(samples[0], tuple(range(2000)), Sampling(1.5, 1))
+    engine = engine_for(policy, processor, max_batch_size=2000)
+    sampling = Sampling(0.9, 1, top_p=top_p, top_k=top_k)
+    request = RolloutRequest(samples[0], tuple(range(2000)), sampling)
     drawn = flat(engine.generate([request]))
     with torch.no_grad():
         t = drawn[0]
@@ -166,21 +183,60 @@ def test_frequencies_are_the_probabilities(build, samples, tmp_path):
         hidden = policy.hidden_states(
             **{k: v for k, v in inputs.items() if k != "slots"}
         ).last_hidden_state[:, -2]
-        logits = policy.get_output_embeddings()(hidden) / 1.5
+        logits = policy.get_output_embeddings()(hidden) / 0.9
         p = text_logits(logits, torch.tensor([True]), policy.latent_tokens).softmax(-1)[0]
+    if sampling.truncated:
+        ranked = p.argsort(descending=True)[: top_k or None]
+        before = p[ranked].cumsum(0) - p[ranked]
+        inside = ranked[before < top_p * p[ranked].sum()]
+        p = torch.zeros_like(p).index_copy(0, inside, p[inside] / p[inside].sum())
+        assert {int(t.kept[0]) for t in drawn} == {len(inside)}
     counts = np.bincount([int(t.completion_ids[0]) for t in drawn], minlength=len(p))
     z = (counts - 2000 * p.numpy()) / np.sqrt(2000 * p.numpy() * (1 - p.numpy()) + 1e-9)
     assert np.abs(z[p.numpy() > 1e-3]).max() < 5
     assert counts[p.numpy() == 0].sum() == 0
 
 
-def test_prompts_are_computed_once_a_group(build, samples, tmp_path):
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 20), (0.9, 0), (1.0, 20)])
+def test_truncated_sampling_replays_exactly(build, top_p, top_k, samples, tmp_path):
+    policy, processor = thinking_policy(tmp_path / "p", head="identity")
+    engine = build(policy, processor)
+    cut = Sampling(0.9, 28, "always", top_p=top_p, top_k=top_k)
+    # Whole, truncated and greedy ones in one batch.
+    requests = [
+        dataclasses.replace(r, sampling=s)
+        for r, s in zip(
+            requests_for(samples, 8), (cut, cut, Sampling(0.9, 12), Sampling(0.0, 12)), strict=True
+        )
+    ]
+    trajectories = flat(engine.generate(requests))
+    assert {k for t in trajectories for k in t.decision} == {*Slot}
+    counts = {int(k) for t in trajectories for k in t.kept[t.kept > 0]}
+    assert max(counts) <= (top_k or 10**9) and (top_p == 1.0 or len(counts) > 2)
+    with torch.no_grad():
+        batch = collate(trajectories, policy, engine.media, pad_id=256)
+        found = replay(policy, batch, policy).logprobs.numpy()
+    for row, t in enumerate(trajectories):
+        np.testing.assert_allclose(found[row, : len(t.logprobs)], t.logprobs, atol=1e-5)
+    # Were truncation forgotten in replay, it would show.
+    batch.inputs["slots"].kept.zero_()
+    with torch.no_grad():
+        whole = replay(policy, batch, policy).logprobs.numpy()
+    difference = max(
+        np.abs(whole[row, : len(t.logprobs)] - t.logprobs).max()
+        for row, t in enumerate(trajectories)
+    )
+    assert difference > 1e-2
+
+
+# vLLM computes in another process; its prefix cache is asked in test_vllm_engine.py.
+def test_prompts_are_computed_once_a_group(samples, tmp_path):
     policy, processor = thinking_policy(tmp_path / "p")
     seen = []
     policy.base_model.visual.register_forward_hook(
         lambda module, args, kwargs, out: seen.append(len(kwargs["grid_thw"])), with_kwargs=True
     )
-    build(policy, processor).generate(requests_for(samples, 6))
+    engine_for(policy, processor).generate(requests_for(samples, 6))
     assert seen == [4]
 
 
@@ -192,8 +248,9 @@ def test_weights_arrive_with_their_version(build, samples, tmp_path):
     update = weight_update(other, 7)
     assert engine.update_weights(update) == 7
     after = flat(engine.generate(requests_for(samples, 2)))
+    version = engine.health()["version"]
     expected = flat(build(other, processor).generate(requests_for(samples, 2)))
-    assert {t.policy_version for t in after} == {7} == {engine.health()["version"]}
+    assert {t.policy_version for t in after} == {7} == {version}
     for ours, theirs in zip(after, expected, strict=True):
         assert_same(ours, theirs, atol=0)
     assert any(
@@ -234,9 +291,13 @@ def test_latent_tokens_in_a_question_are_refused(build, samples, tmp_path):
 
 def test_health_counts(build, samples, tmp_path):
     engine = build(*thinking_policy(tmp_path / "p"))
-    done = flat(engine.generate(requests_for(samples, 3)))
+    before = engine.health()
+    done = flat(engine.generate(requests_for(samples, 3, Sampling(1.0, 20, "always"))))
     health = engine.health()
-    assert health["trajectories"] == 12
-    assert health["tokens"] == sum(len(t.completion_ids) for t in done)
-    assert health["latents"] == sum(len(t.latents) for t in done) > 0
+    for name, count in (
+        ("trajectories", 12),
+        ("tokens", sum(len(t.completion_ids) for t in done)),
+        ("latents", sum(len(t.latents) for t in done)),
+    ):
+        assert health[name] - before[name] == count > 0
     assert health["tokens_per_second"] > 0

@@ -51,6 +51,7 @@ def trajectory(spans, ends):
         completion_ids=np.array(ids or [2]),
         decision=np.array(decision or [Slot.TOKEN], dtype=np.int8),
         logprobs=np.zeros(max(len(ids), 1), dtype=np.float32),
+        kept=np.zeros(max(len(ids), 1), dtype=np.int32),
         latents=torch.tensor(flat, dtype=torch.bfloat16).reshape(-1, 2),
         latent_logprobs=np.zeros(len(flat)),
         span_lengths=tuple(map(len, spans)),

@@ -1,0 +1,132 @@
+"""Which engine samples and why, and what of a GPU its workers get."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import AutoConfig
+
+from recipes.configs import uses_gpu
+from recipes.loading import Recipe
+from recipes.schema import LADAPORecipe, RolloutsSection
+from rl.errors import RecipeError
+from rl.policy.model import model_class, policy_class
+from rollouts import vllm_cpu
+from rollouts.vllm_plugin import MODELS
+
+if TYPE_CHECKING:
+    from rollouts.worker import EngineName  # Ray, which checking a recipe can do without
+
+INSTALL = 'pip install "foresight-rl[vllm]"'
+
+# Of a GPU's memory, as the trainer works on the same one.
+_BESIDE_TRAINER = 0.4
+# Of a GPU's memory, where only workers are.
+_ALONE = 0.9
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """`reason` completes "vllm samples: ..."."""
+
+    engine: EngineName
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.engine} samples: {self.reason}"
+
+
+def choose_engine(
+    wanted: Literal["auto", "transformers", "vllm"], policy: str | Path, *, gpu: bool
+) -> EngineChoice:
+    """What samples from `policy`, a policy or the model it will be made of; `gpu`: whether workers
+    have GPUs.
+
+    Raises `RecipeError` where vLLM is asked for and cannot be had.
+    """
+    if wanted == "transformers":
+        return EngineChoice(wanted, "rollouts.engine says so")
+    name = policy_class(model_class(AutoConfig.from_pretrained(policy), policy)).__name__
+    missing = None
+    if not vllm_installed():
+        missing = f"vLLM is not installed ({INSTALL})"
+    elif name not in MODELS:
+        missing = f"{name.removeprefix('Latent')} does not run in vLLM with latents yet"
+    if wanted == "vllm":
+        if missing is not None:
+            raise RecipeError(
+                f"rollouts.engine is vllm, but {missing}; do so, or write transformers"
+                if not vllm_installed()
+                else f"rollouts.engine is vllm, but {missing}; write transformers"
+            )
+        return EngineChoice("vllm", "rollouts.engine says so")
+    if not gpu:
+        return EngineChoice("transformers", "there is no GPU, where vLLM would be faster")
+    if missing is None and vllm_cpu.needed():
+        missing = f"the vLLM that is installed is for CPUs ({INSTALL})"
+    if missing is not None:
+        return EngineChoice("transformers", missing)
+    return EngineChoice("vllm", "it is installed, and there is a GPU")
+
+
+def vllm_installed() -> bool:
+    """Whether vLLM could be imported. It is not imported."""
+    return find_spec("vllm") is not None
+
+
+def vllm_options(settings: RolloutsSection, gpus: float, *, trainer: bool = True) -> dict[str, Any]:
+    """Keyword arguments of `rollouts.vllm_engine.VLLMOptions` for a worker with `gpus` GPUs.
+
+    With `trainer` a trainer works on the same GPU. Raises `RecipeError` if the GPUs are too few.
+    """
+    options = settings.vllm.model_dump()
+    cache = options.pop("kv_cache_gb")
+    if 1 < settings.vllm.tensor_parallel_size > gpus > 0:
+        raise RecipeError(
+            f"rollouts.vllm.tensor_parallel_size is {settings.vllm.tensor_parallel_size}, but a "
+            f"worker has {gpus:g} GPUs; set rollouts.gpus_per_worker to as many"
+        )
+    if options["gpu_memory_utilization"] is None:
+        share = _BESIDE_TRAINER if trainer else _ALONE
+        options["gpu_memory_utilization"] = share * min(gpus or 1.0, 1.0)
+    return options | {"kv_cache_bytes": None if cache is None else int(cache * 2**30)}
+
+
+def gpu_share(workers: int, gpus: int, booked: float = 0.0) -> float:
+    """The share of a GPU that each of `workers` gets of `gpus`, of which `booked` are for others: 1
+    at most, 0 without GPUs.
+
+    A worker has to fit on one GPU, so 3 workers on 2 GPUs take 0.5 each, not 0.66. Ray counts in
+    ten-thousandths, so the share is rounded down to those. Raises `RecipeError` if nothing is left.
+    """
+    if gpus == 0:
+        return 0.0
+    left = gpus if booked < 1.0 else gpus - math.ceil(booked)  # whole GPUs, or room on each
+    if left < 1:
+        raise RecipeError(
+            f"the rewards' `gpus` add up to {booked:g}, and there are {gpus}: none is left for the "
+            "rollout workers. Lower them, or set rollouts.gpus_per_worker"
+        )
+    room = 1.0 - booked if booked < 1.0 else 1.0
+    return math.floor(1e4 * room / math.ceil(workers / left)) / 1e4
+
+
+def worker_gpus(recipe: LADAPORecipe) -> float:
+    """GPUs of a worker, or its share of one."""
+    settings = recipe.rollouts
+    if settings.gpus_per_worker is not None:
+        return settings.gpus_per_worker
+    there = torch.cuda.device_count() if uses_gpu(recipe) else 0
+    return gpu_share(settings.workers, there, sum(spec.gpus for spec in recipe.rewards))
+
+
+def recipe_engine(recipe: Recipe) -> EngineChoice | None:
+    """What a recipe samples with; None for a stage that samples nothing."""
+    if not isinstance(recipe, LADAPORecipe):
+        return None
+    return choose_engine(recipe.rollouts.engine, recipe.policy.path, gpu=worker_gpus(recipe) > 0)

@@ -1,0 +1,316 @@
+"""The vLLM engine: latent trajectories from `AsyncLLM`, by continuous batching.
+
+What thinks in latents inside of vLLM is `rollouts.vllm_internals`. This side turns requests into
+prompts of processed tensors and brings home what was sampled, by a key that each request carries.
+vLLM's event loop runs in a thread of its own, so that the engine has the same plain methods as the
+transformers engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+from transformers import AutoConfig, GenerationConfig
+
+from rl.data.media import MediaProcessor
+from rl.errors import ForesightError, RolloutError
+from rl.interfaces import MediaSource, WeightUpdate
+from rl.policy.model import protocol_and_tokens
+from rl.trajectory import RolloutRequest, Trajectory, TrajectoryGroup
+from rollouts import vllm_cpu
+from rollouts.assemble import Assembler, check_update, stop_ids
+from rollouts.vllm_weights import WeightFiles, parameter_shapes
+
+T = TypeVar("T")
+
+_CPU_CACHE = 1 << 28  # bytes of KV cache on a CPU, where vLLM would take most of the memory
+
+
+@dataclass(frozen=True)
+class VLLMOptions:
+    """How vLLM runs. The defaults suit a GPU that the engine has for itself.
+
+    `max_model_len` bounds prompt and completion together; None takes the most that the policy and
+    the memory allow. `kv_cache_bytes` sets the KV cache instead of the share
+    `gpu_memory_utilization`. `media_cache_gb` is how much of processed clips vLLM keeps, so that
+    the members of a group do not each send theirs. On a CPU, graphs and compilation are off.
+    """
+
+    max_model_len: int | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_cache_bytes: int | None = None
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    block_size: int | None = None
+    max_num_batched_tokens: int | None = None
+    enable_prefix_caching: bool = True
+    enable_lora: bool = False
+    max_lora_rank: int = 16
+    enable_sleep: bool = False
+    media_cache_gb: float = 4.0
+
+
+class VLLMEngine:
+    """Samples from the policy in a folder with vLLM. Implements `rl.interfaces.Engine`.
+
+    `max_batch_size` bounds the trajectories sampled side by side. Clips come from `media`, prompts
+    are encoded by `processor`; both are what the trainer uses, so tokens and pixels agree. `close`
+    ends vLLM's processes. Raises `RolloutError` if vLLM does not start.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        processor: MediaProcessor,
+        media: MediaSource,
+        *,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        max_batch_size: int = 64,
+        version: int = 0,
+        options: VLLMOptions = VLLMOptions(),
+    ) -> None:
+        vllm_cpu.install()
+        self.processor, self.media, self.options = processor, media, options
+        self.version = version
+        config = AutoConfig.from_pretrained(folder)
+        protocol, tokens = protocol_and_tokens(config)
+        stops = stop_ids(GenerationConfig.from_pretrained(folder), processor.tokenizer)
+        self._assembler = Assembler(protocol, tokens, processor, stops)
+        self._shapes, tied = parameter_shapes(folder)
+        self._files = WeightFiles(self._shapes, tied)
+        self._room = 2 * max_batch_size  # requests that vLLM knows of: running and next
+        self._counts: Counter[str] = Counter()
+        self._busy = 0.0
+        self._adapter: Any = None
+        self._trouble: str | None = None
+        self._one_at_a_time = threading.Lock()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="vllm")
+        self._thread.start()
+        self._llm: Any = None
+        try:
+            self._call(self._start(str(folder), dtype, max_batch_size))
+        except BaseException as error:
+            self.close()
+            if isinstance(error, Exception) and not isinstance(error, ForesightError):
+                raise RolloutError(
+                    f"vLLM did not start on {folder}: {error}; its own messages are above"
+                ) from error
+            raise
+
+    async def _start(self, folder: str, dtype: Any, max_batch_size: int) -> None:
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process has threads
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from rollouts.vllm_metrics import EngineMetrics
+
+        options, on_cpu = self.options, vllm_cpu.needed()
+        arguments: dict[str, Any] = {
+            "model": folder,
+            "dtype": dtype,
+            "max_num_seqs": max_batch_size,
+            "max_model_len": options.max_model_len or -1,
+            "gpu_memory_utilization": options.gpu_memory_utilization,
+            "kv_cache_memory_bytes": options.kv_cache_bytes or (_CPU_CACHE if on_cpu else None),
+            "block_size": options.block_size,
+            "max_num_batched_tokens": options.max_num_batched_tokens,
+            "tensor_parallel_size": options.tensor_parallel_size,
+            "enforce_eager": options.enforce_eager or on_cpu,
+            "enable_prefix_caching": options.enable_prefix_caching,
+            "enable_lora": options.enable_lora,
+            "max_lora_rank": options.max_lora_rank,
+            "enable_sleep_mode": options.enable_sleep and not on_cpu,
+            "mm_processor_cache_gb": options.media_cache_gb,
+            "mm_device_do_normalize": False,  # the clips of `media` are normalised
+            "worker_extension_cls": "rollouts.vllm_worker.ForesightWorker",
+            "disable_log_stats": True,  # of vLLM's own log; `EngineMetrics` counts all the same
+            "seed": 0,
+        }
+        args = AsyncEngineArgs(**{k: v for k, v in arguments.items() if v is not None})
+        self._metrics = EngineMetrics()
+        self._llm = AsyncLLM.from_engine_args(args, stat_loggers=[self._metrics.logger])
+        await self._llm.collective_rpc("foresight_follow", args=(os.getpid(),))
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[TrajectoryGroup]:
+        """Sample every request; groups come back in the order of the requests.
+
+        What fails is sampled once more. If it fails again, its error is raised after all others
+        have finished; `sample` keeps those.
+        """
+        members = self.sample(requests)
+        errors = [m for group in members for m in group if isinstance(m, ForesightError)]
+        if errors:
+            raise errors[0]
+        return [
+            TrajectoryGroup(request.sample, tuple(m for m in group if isinstance(m, Trajectory)))
+            for request, group in zip(requests, members, strict=True)
+        ]
+
+    def sample(self, requests: Sequence[RolloutRequest]) -> list[list[Trajectory | ForesightError]]:
+        """For each request and each of its seeds the trajectory, or why there is none.
+
+        An error that names its sample takes no other trajectory with it. Raises `RolloutError` if
+        vLLM has died.
+        """
+        from rollouts.vllm_batch import Batch
+
+        with self._one_at_a_time:
+            self._check_sound()
+            started = time.perf_counter()
+            batch = Batch(
+                self._llm,
+                requests,
+                self._assembler,
+                self.media,
+                version=self.version,
+                room=self._room,
+                adapter=self._adapter,
+            )
+            try:
+                found = self._call(batch.run())
+            except RolloutError as error:
+                self._trouble = str(error) if self._llm.errored else None
+                raise
+            finally:
+                self._counts["retries"] += batch.retries
+                self._busy += time.perf_counter() - started
+        done = [t for group in found for t in group if isinstance(t, Trajectory)]
+        self._counts["trajectories"] += len(done)
+        self._counts["tokens"] += sum(len(t.completion_ids) for t in done)
+        self._counts["latents"] += sum(len(t.latents) for t in done)
+        return found
+
+    def update_weights(self, update: WeightUpdate) -> int:
+        """Load the parameters of `update` and take its version; the others stay. Waits for
+        `generate` to finish. An adapter set by `update_adapter` is taken off.
+        """
+        check_update(update, self._shapes)
+        with self._one_at_a_time:
+            self._check_sound()
+            files, rest = self._files.add(update)
+            self._change(
+                f"weights of version {update.version}",
+                lambda: self._llm.collective_rpc("foresight_load", args=(files, rest)),
+            )
+            self._adapter, self.version = None, update.version
+        return self.version
+
+    def update_adapter(self, folder: str | Path, version: int) -> int:
+        """Put the LoRA adapter in `folder` (as PEFT saves it) in the place of the last one."""
+        if not self.options.enable_lora:
+            raise RolloutError("this engine takes no adapters; build it with enable_lora=True")
+        from vllm.lora.request import LoRARequest
+
+        with self._one_at_a_time:
+            self._check_sound()
+            named = {"lora_name": "foresight", "lora_int_id": 1, "lora_path": str(folder)}
+            self._change(
+                f"the adapter of version {version}",
+                lambda: self._llm.add_lora(LoRARequest(**named, load_inplace=True)),
+            )
+            self._adapter, self.version = LoRARequest(**named), version
+        return self.version
+
+    def sleep(self) -> None:
+        """Give the GPU's memory to others: weights move to the CPU, the KV cache is dropped."""
+        if not self.options.enable_sleep:
+            raise RolloutError("this engine cannot sleep; build it with enable_sleep=True")
+        with self._one_at_a_time:
+            self._call(self._llm.sleep(level=1))
+
+    def wake(self) -> None:
+        """Be ready to sample again after `sleep`."""
+        with self._one_at_a_time:
+            self._call(self._llm.wake_up())
+
+    def health(self) -> dict[str, Any]:
+        """Version, totals since the start, tokens and latents per second of busy time, and what
+        vLLM counts: preemptions, tokens looked up and found in the prefix cache, the share of the
+        KV cache in use.
+        """
+        seconds = max(self._busy, 1e-9)
+        return {
+            "engine": "vllm",
+            "version": self.version,
+            "trajectories": self._counts["trajectories"],
+            "tokens": self._counts["tokens"],
+            "latents": self._counts["latents"],
+            "tokens_per_second": self._counts["tokens"] / seconds,
+            "latents_per_second": self._counts["latents"] / seconds,
+            "retries": self._counts["retries"],
+            **self._metrics.read(),
+        }
+
+    def close(self) -> None:
+        """End vLLM and its processes. The engine cannot be used afterwards."""
+        if self._loop.is_closed():
+            return
+        self._trouble = self._trouble or "it was closed"
+        self._call(_end_tasks())  # first, or they would report the end of vLLM as its death
+        if self._llm is not None:
+            self._llm.shutdown()
+            self._llm = None
+        self._files.drop_whole()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> VLLMEngine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_sound(self) -> None:
+        if self._trouble is not None:
+            raise RolloutError(f"the vLLM engine cannot be used any more: {self._trouble}")
+
+    def _change(self, what: str, load: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """Load something new and forget all that was computed with the old."""
+
+        async def change() -> None:
+            await load()
+            await self._llm.reset_encoder_cache()
+            if not await self._llm.reset_prefix_cache():
+                raise RolloutError("the prefix cache is still in use")
+
+        try:
+            self._call(change())
+        except BaseException as error:
+            self._trouble = f"loading {what} failed half way: {error}"
+            raise RolloutError(
+                f"vLLM did not take {what} and now holds a mixture of versions: {error}; start the "
+                "engine anew"
+            ) from error
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do `work` in the thread of vLLM's event loop."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+async def _end_tasks() -> None:
+    """Cancel what else runs in this event loop."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
