@@ -120,7 +120,7 @@ def read_arguments() -> list[Setting]:
     )
     parser.add_argument("--tokens", type=int, default=256 if on_gpu else 16)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5 if on_gpu else 2)
     found = parser.parse_args()
     if (found.device == "cpu") != vllm_cpu.needed():
         build = "CPUs" if vllm_cpu.needed() else "GPUs"

@@ -136,6 +136,8 @@ def write_policy(
         model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
         model.to(dtype).save_pretrained(plain)
         del model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # others need the room
         make_policy(plain, processor, protocol, dtype=dtype).save_pretrained(folder)
     processor.save_pretrained(folder)
     return processor

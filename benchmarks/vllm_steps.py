@@ -72,7 +72,7 @@ def vllm_steps(folder: Path, setting: Setting) -> dict[tuple[str, int], float]:
     latent = start(folder, setting, worker_extension_cls="rollouts.vllm_worker.ForesightWorker")
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
     for turn in range(-1, setting.repeats):  # the first one warms up
-        for batch in setting.batches:
+        for batch in setting.batches if turn >= 0 else setting.batches[-1:]:
             keys = [f"{turn}-{batch}-{i}" for i in range(batch)]
             own = [{"key": k, "seed": i, "imagine": "always"} for i, k in enumerate(keys)]
             kinds = {

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rl.data.media import MediaProcessor
-from rl.errors import DataError, RolloutError, VideoError
+from rl.errors import DataError, RolloutError, TrajectoryError, VideoError
 from rl.interfaces import Media, MediaSource, WeightUpdate
 from rl.policy.protocol import LatentProtocol, LatentTokens
 from rl.trajectory import RolloutRequest, Sample, Trajectory
@@ -52,7 +52,16 @@ class Assembler:
     def trajectory(
         self, request: RolloutRequest, seed: int, prompt: np.ndarray, drawn: Sampled, version: int
     ) -> Trajectory:
-        """The trajectory of one seed of `request`."""
+        """The trajectory of one seed of `request`.
+
+        Raises `TrajectoryError` if what was drawn has a log-prob that is no number, and
+        `ProtocolError` if it breaks the protocol.
+        """
+        if not (np.isfinite(drawn.logprobs).all() and np.isfinite(drawn.latent_logprobs).all()):
+            raise TrajectoryError(
+                f"sample {request.sample.id!r}, seed {seed}: sampled with log-probs that are no "
+                "finite numbers; the policy's weights are broken, or its dtype is too narrow"
+            )
         ids = np.array(drawn.ids, dtype=np.int64)
         trace = self.protocol.trace(ids, self.tokens, request.sampling.imagine)
         stopped = int(ids[-1]) in self.stops

@@ -18,16 +18,15 @@ import numpy as np
 import torch
 
 from rl.data.media import MediaProcessor
-from rl.errors import DataError, RolloutError, VideoError
 from rl.interfaces import Media, MediaSource, WeightUpdate
 from rl.policy.density import log_density, sample_latents
 from rl.policy.noise import Stream, uniform
 from rl.policy.protocol import SLOT_OF_STEP, Slot, SpanState, Step
-from rl.policy.sampling import decide, draw_text
+from rl.policy.sampling import draw_next
 from rl.policy.scores import full_logits
 from rl.scoring import media_types
-from rl.trajectory import RolloutRequest, Sample, Sampling, Trajectory, TrajectoryGroup
-from rl.weights import state_checksum
+from rl.trajectory import RolloutRequest, Sampling, Trajectory, TrajectoryGroup
+from rollouts.assemble import Assembler, Sampled, check_update, clip_of, stop_ids
 
 
 @dataclass
@@ -39,7 +38,6 @@ class _Row:
     sampling: Sampling
     state: SpanState = SpanState()
     ids: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     latents: list[torch.Tensor] = field(default_factory=list)
@@ -72,14 +70,9 @@ class TransformersEngine:
             version,
         )
         tokenizer = processor.tokenizer
-        eos = policy.generation_config.eos_token_id
-        eos = eos if isinstance(eos, list) else [eos]
-        self._eos = {i for i in (*eos, tokenizer.eos_token_id) if i is not None}
-        if not self._eos:
-            raise RolloutError(
-                "neither the policy nor its tokenizer names an end-of-sequence token"
-            )
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._eos)
+        self._stops = stop_ids(policy.generation_config, tokenizer)
+        pad = tokenizer.pad_token_id
+        self._pad = pad if pad is not None else min(self._stops)
         self._counts: Counter[str] = Counter()
         self._busy = 0.0
 
@@ -89,7 +82,8 @@ class TransformersEngine:
         members: list[list[Trajectory]] = [[] for _ in requests]
         for batch in _batches(requests, self.max_batch_size):
             parts = [dataclasses.replace(requests[i], seeds=seeds) for i, seeds in batch]
-            sampled = self._generate_batch(parts, [[self._clip(r.sample)] for r in parts])
+            clips = [[clip_of(self.processor, self.media, r.sample)] for r in parts]
+            sampled = self._generate_batch(parts, clips)
             for (i, _), trajectories in zip(batch, sampled, strict=True):
                 members[i] += trajectories
         self._busy += time.perf_counter() - started
@@ -98,26 +92,10 @@ class TransformersEngine:
             for request, group in zip(requests, members, strict=True)
         ]
 
-    def _clip(self, sample: Sample) -> Media:
-        try:
-            return self.media.get(self.processor.key(sample))
-        except VideoError as error:
-            raise VideoError(f"sample {sample.id!r}: {error}") from error
-
     def update_weights(self, update: WeightUpdate) -> int:
         """Load the parameters of `update` in place and take its version."""
-        found = state_checksum(update.state)
-        if found != update.checksum:
-            raise RolloutError(
-                f"weights of version {update.version} arrived damaged: checksum {found}, expected "
-                f"{update.checksum}"
-            )
         own = self.policy.state_dict()
-        if unknown := update.state.keys() - own.keys():
-            raise RolloutError(
-                f"weights of version {update.version} name parameters this policy lacks: "
-                f"{sorted(unknown)[:5]}"
-            )
+        check_update(update, {name: value.shape for name, value in own.items()})
         for name, value in update.state.items():
             own[name].copy_(value)
         self.version = update.version
@@ -145,7 +123,7 @@ class TransformersEngine:
             for r, c in zip(requests, clips, strict=True)
         ]
         for request, prompt in zip(requests, prompts, strict=True):
-            self._check_prompt(request.sample, prompt)
+            self._assembler.check_prompt(request.sample, prompt)
         rows = [_Row(i, seed, r.sampling) for i, r in enumerate(requests) for seed in r.seeds]
         inputs = self._prompt_batch(prompts, clips)
         positions, next_position = self.policy.position_ids(inputs)
@@ -183,15 +161,6 @@ class TransformersEngine:
             ).last_hidden_state[:, -1]
             next_position = next_position + 1
         return self._trajectories(requests, rows, prompts)
-
-    def _check_prompt(self, sample: Sample, prompt: np.ndarray) -> None:
-        tokens = self.policy.latent_tokens
-        if np.isin(prompt, (tokens.start, tokens.end, tokens.filler)).any():
-            raise DataError(
-                f"sample {sample.id!r}: its prompt contains a latent token "
-                f"({', '.join(self.policy.protocol.tokens)}), which only answers may; remove it "
-                "from the question"
-            )
 
     def _prompt_batch(
         self, prompts: Sequence[np.ndarray], clips: Sequence[Sequence[Media]]
@@ -243,25 +212,21 @@ class TransformersEngine:
         free = [i for i, s in enumerate(steps) if SLOT_OF_STEP[s] != Slot.FORCED]
         if free:
             logits = full_logits(self.policy.get_output_embeddings(), hidden[free])
-            text = [k for k, i in enumerate(free) if SLOT_OF_STEP[steps[i]] == Slot.TOKEN]
-            if text:
-                at = [free[k] for k in text]
-                may_start = torch.tensor([steps[i] is Step.TOKEN for i in at], device=self.device)
-                ids[at], logprobs[at], kept[at] = draw_text(
-                    logits[text],
-                    may_start,
-                    heat[at],
-                    top_p[at],
-                    top_k[at],
-                    uniform(seeds[at], Stream.TOKEN, places[at]),
-                    tokens,
-                    any_truncated=any(rows[i].sampling.truncated for i in at),
-                )
-            inside = [k for k, i in enumerate(free) if steps[i] is Step.DECIDE]
-            if inside:
-                at = [free[k] for k in inside]
-                u = uniform(seeds[at], Stream.DECISION, places[at])
-                ids[at], logprobs[at] = decide(logits[inside], heat[at], u, tokens)
+            decides = torch.tensor([steps[i] is Step.DECIDE for i in free], device=self.device)
+            stream = torch.where(decides, int(Stream.DECISION), int(Stream.TOKEN))
+            drawn = draw_next(
+                logits,
+                torch.tensor([steps[i] is Step.TOKEN for i in free], device=self.device),
+                heat[free],
+                top_p[free],
+                top_k[free],
+                uniform(seeds[free], stream, places[free]),
+                tokens,
+                any_truncated=any(rows[i].sampling.truncated for i in free),
+            )
+            ids[free] = torch.where(decides, drawn.decisions, drawn.ids)
+            logprobs[free] = torch.where(decides, drawn.decision_logprobs, drawn.logprobs)
+            kept[free] = torch.where(decides, 0, drawn.kept)
 
         fed = self._fed(ids).nonzero()[:, 0]
         latents = hidden[:0]
@@ -272,15 +237,14 @@ class TransformersEngine:
             for i, latent, density in zip(fed.tolist(), latents, densities, strict=True):
                 rows[i].latents.append(latent)
                 rows[i].latent_logprobs.append(density)
-        for row, step, token, logprob, count in zip(
-            rows, steps, ids.tolist(), logprobs.tolist(), kept.tolist(), strict=True
+        for row, token, logprob, count in zip(
+            rows, ids.tolist(), logprobs.tolist(), kept.tolist(), strict=True
         ):
             row.ids.append(token)
-            row.slots.append(SLOT_OF_STEP[step])
             row.logprobs.append(logprob)
             row.kept.append(count)
             row.state = protocol.advance(row.state, token, tokens, row.sampling.imagine)
-            if token in self._eos:
+            if token in self._stops:
                 row.finish_reason = "stop"
             elif len(row.ids) >= row.sampling.max_new_tokens:
                 row.finish_reason = "length"
@@ -309,44 +273,30 @@ class TransformersEngine:
         prompts: Sequence[np.ndarray],
     ) -> list[list[Trajectory]]:
         members: list[list[Trajectory]] = [[] for _ in requests]
+        width = self.policy.config.get_text_config().hidden_size
+        nothing = torch.zeros(0, width, dtype=self.policy.dtype)
         for row in rows:
             request = requests[row.request]
-            members[row.request].append(self._trajectory(request, row, prompts[row.request]))
+            drawn = Sampled(
+                row.ids,
+                row.logprobs,
+                row.kept,
+                torch.stack(row.latents).cpu() if row.latents else nothing,
+                row.latent_logprobs,
+            )
+            prompt = prompts[row.request]
+            members[row.request].append(
+                self._assembler.trajectory(request, row.seed, prompt, drawn, self.version)
+            )
             self._counts["trajectories"] += 1
             self._counts["tokens"] += len(row.ids)
             self._counts["latents"] += len(row.latents)
         return members
 
-    def _trajectory(self, request: RolloutRequest, row: _Row, prompt: np.ndarray) -> Trajectory:
+    @property
+    def _assembler(self) -> Assembler:
         policy = self.policy
-        width = policy.config.get_text_config().hidden_size
-        latents = (
-            torch.stack(row.latents).cpu()
-            if row.latents
-            else torch.zeros(0, width, dtype=policy.dtype)
-        )
-        ids = np.array(row.ids, dtype=np.int64)
-        text = ids[:-1] if row.finish_reason == "stop" else ids
-        return Trajectory(
-            sample_id=request.sample.id,
-            prompt_ids=np.asarray(prompt, dtype=np.int64),
-            completion_ids=ids,
-            decision=np.array(row.slots, dtype=np.int8),
-            logprobs=np.array(row.logprobs, dtype=np.float32),
-            kept=np.array(row.kept, dtype=np.int32),
-            latents=latents,
-            latent_logprobs=np.array(row.latent_logprobs, dtype=np.float64),
-            span_lengths=policy.protocol.trace(
-                ids, policy.latent_tokens, row.sampling.imagine
-            ).span_lengths,
-            filler=policy.latent_tokens.filler,
-            media=(self.processor.key(request.sample),),
-            policy_version=self.version,
-            finish_reason="stop" if row.finish_reason == "stop" else "length",
-            sampling=row.sampling,
-            seed=row.seed,
-            text=self.processor.tokenizer.decode(text, skip_special_tokens=False),
-        )
+        return Assembler(policy.protocol, policy.latent_tokens, self.processor, self._stops)
 
 
 def _batches(

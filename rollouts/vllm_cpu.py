@@ -246,8 +246,9 @@ def _interpret_library(module: Any) -> None:
 _INTERPRETED = "Triton compiles nothing on CPU; its kernels run with TRITON_INTERPRET=1"
 
 
-def _without_top_k_kernel(module: Any) -> None:
-    # The interpreter cannot run this kernel; vLLM has the same in torch.
+def _without_kernel(module: Any) -> None:
+    # The interpreter cannot run this module's kernel (top-k and top-p), or gives NaN in bf16 (the
+    # vision positions of Qwen3-VL); vLLM has the same in torch.
     module.HAS_TRITON = False
 
 
@@ -267,7 +268,8 @@ _AFTER: dict[str, Callable[[ModuleType], None]] = {
     "trl.import_utils": _hide_from_trl,
     "triton.backends": _add_cpu_backend,
     "triton.language": _interpret_library,
-    "vllm.v1.sample.ops.topk_topp_sampler": _without_top_k_kernel,
+    "vllm.v1.sample.ops.topk_topp_sampler": _without_kernel,
+    "vllm.model_executor.models.qwen3_vl": _without_kernel,
     "vllm.v1.worker.gpu.model_runner": _replace_kernels,
     "vllm.model_executor.models.registry": _inspect_in_process,
 }

@@ -20,7 +20,7 @@ from rl.errors import ProtocolError
 from rl.policy.density import log_density, sample_latents
 from rl.policy.noise import Stream, uniform
 from rl.policy.protocol import Imagine, LatentProtocol, LatentTokens, SpanState, Step
-from rl.policy.sampling import decide, draw_text
+from rl.policy.sampling import draw_next
 
 _MODES: tuple[Imagine, ...] = get_args(Imagine)
 _ALWAYS, _NEVER = _MODES.index("always"), _MODES.index("never")
@@ -94,14 +94,16 @@ class LatentSlots:
         self.protocol, self.tokens, self.head = protocol, tokens, head
         self.device = device
         most_latents = protocol.max_spans * protocol.max_length
+        self._spare = size  # a row of the tables for what nobody keeps
         self._ints = torch.zeros(size, 9, dtype=torch.int64, device=device)
         self._floats = torch.zeros(size, 2, dtype=torch.float32, device=device)
-        self.latents = torch.zeros(size, most_latents, width, dtype=dtype, device=device)
-        self._densities = torch.zeros(size, most_latents, dtype=torch.float64, device=device)
-        self._logprobs = torch.zeros(size, most_tokens, dtype=torch.float32, device=device)
-        self._kept = torch.zeros(size, most_tokens, dtype=torch.int32, device=device)
+        self.latents = torch.zeros(size + 1, most_latents, width, dtype=dtype, device=device)
+        self._densities = torch.zeros(size + 1, most_latents, dtype=torch.float64, device=device)
+        self._logprobs = torch.zeros(size + 1, most_tokens, dtype=torch.float32, device=device)
+        self._kept = torch.zeros(size + 1, most_tokens, dtype=torch.int32, device=device)
         self._staged: dict[int, tuple[list[int], list[float]]] = {}
         self._truncated: set[int] = set()  # slots of ours with top-p or top-k
+        self._keyless: set[int] = set()  # slots whose text vLLM draws
 
     def open(
         self,
@@ -133,7 +135,10 @@ class LatentSlots:
             [request.temperature, request.top_p],
         )
         self._truncated.discard(slot)
-        if request.key is not None and (request.top_p < 1.0 or request.top_k > 0):
+        self._keyless.discard(slot)
+        if request.key is None:
+            self._keyless.add(slot)
+        elif request.top_p < 1.0 or request.top_k > 0:
             self._truncated.add(slot)
         latents = kept.latents if kept is not None else request.latents
         if latents is not None and count:
@@ -203,46 +208,49 @@ class LatentSlots:
     ) -> Choice:
         """What stands next in each row of raw logits [N, V], of requests in `slots` [N].
 
-        `logits` are edited in place: a row whose token is given keeps only that one, others lose
-        what the protocol does not allow.
+        Where any of them has no key, `logits` are edited in place for vLLM's sampler: a row whose
+        token is given keeps only that one, others lose what the protocol does not allow. Else all
+        tokens are given, and what that sampler makes of the rows does not matter.
         """
         ints, floats, tokens = self._ints[slots], self._floats[slots], self.tokens
         steps = self._steps(ints)
-        temperature, top_p = floats.unbind(1)
-        seed, position = ints[:, _SEED], ints[:, _POSITION]
-        raw = logits.float()
-        text, text_logprobs, kept = draw_text(
-            raw,
+        is_text, decides = steps <= Step.TOKEN_NO_START, steps == Step.DECIDE
+        stream = torch.where(decides, int(Stream.DECISION), int(Stream.TOKEN))
+        drawn = draw_next(
+            logits,
             steps == Step.TOKEN,
-            temperature,
-            top_p,
+            floats[:, 0],
+            floats[:, 1],
             ints[:, _TOP_K],
-            uniform(seed, Stream.TOKEN, position),
+            uniform(ints[:, _SEED], stream, ints[:, _POSITION]),
             tokens,
             any_truncated=not self._truncated.isdisjoint(slots_on_host),
         )
-        decision, decision_logprobs = decide(
-            raw, temperature, uniform(seed, Stream.DECISION, position), tokens
-        )
-        is_text, decides = steps <= Step.TOKEN_NO_START, steps == Step.DECIDE
         ids = torch.where(steps == Step.LATENT, tokens.filler, tokens.end)
         ids = torch.where(steps == Step.START, tokens.start, ids)
-        ids = torch.where(decides, decision, torch.where(is_text, text, ids))
-        logprobs = torch.where(decides, decision_logprobs, 0.0)
+        ids = torch.where(decides, drawn.decisions, torch.where(is_text, drawn.ids, ids))
+        logprobs = torch.where(decides, drawn.decision_logprobs, 0.0)
         given = ~is_text | (ints[:, _OWN] > 0)
+        if not self._keyless.isdisjoint(slots_on_host):
+            self._edit(logits, steps, ids, given)
+        return Choice(
+            slots,
+            ids,
+            given,
+            torch.where(is_text, drawn.logprobs, logprobs),
+            torch.where(is_text, drawn.kept, 0),
+        )
+
+    def _edit(
+        self, logits: torch.Tensor, steps: torch.Tensor, ids: torch.Tensor, given: torch.Tensor
+    ) -> None:
+        tokens = self.tokens
         for token in (tokens.filler, tokens.end, *tokens.banned):
             logits[:, token] = -torch.inf
         logits[:, tokens.start].masked_fill_(steps == Step.TOKEN_NO_START, -torch.inf)
         logits.masked_fill_(given[:, None], -torch.inf)
         rows = torch.arange(len(ids), device=ids.device)
         logits[rows, ids] = torch.where(given, 0.0, logits[rows, ids].float()).to(logits.dtype)
-        return Choice(
-            slots,
-            ids,
-            given,
-            torch.where(is_text, text_logprobs, logprobs),
-            torch.where(is_text, kept, 0),
-        )
 
     def advance(
         self, choice: Choice, sampled: torch.Tensor, live: torch.Tensor, hidden: torch.Tensor
@@ -253,11 +261,12 @@ class LatentSlots:
         slots, tokens = choice.slots, self.tokens
         ints, temperature = self._ints[slots], self._floats[slots, 0]
         place = ints[:, _POSITION].clamp_max(self._logprobs.shape[1] - 1)
-        record = live & (ints[:, _OWN] > 0)
-        _put(self._logprobs, slots, place, record, choice.logprobs)
-        _put(self._kept, slots, place, record, choice.kept)
+        record = torch.where(live & (ints[:, _OWN] > 0), slots, self._spare)
+        self._logprobs[record, place] = choice.logprobs
+        self._kept[record, place] = choice.kept
 
         filled = live & (sampled == tokens.filler)
+        row = torch.where(filled, slots, self._spare)
         ordinal = ints[:, _COUNT].clamp_max(self.latents.shape[1] - 1)
         scale, density = self.protocol.noise_scale, self.protocol.density
         latents = mean = self.head(hidden)
@@ -266,8 +275,8 @@ class LatentSlots:
             drawn = sample_latents(mean, scale, density, ints[:, _SEED], ordinal)
             latents = torch.where(noisy[:, None], drawn, mean)
             logprobs = log_density(latents, mean, scale, density)
-            _put(self._densities, slots, ordinal, filled, torch.where(noisy, logprobs, 0.0))
-        _put(self.latents, slots, ordinal, filled, latents.to(self.latents.dtype))
+            self._densities[row, ordinal] = torch.where(noisy, logprobs, 0.0).double()
+        self.latents[row, ordinal] = latents.to(self.latents.dtype)
 
         opened, closed = sampled == tokens.start, sampled == tokens.end
         moved = ints.clone()
@@ -277,19 +286,6 @@ class LatentSlots:
         moved[:, _SPANS] += opened
         moved[:, _COUNT] += filled
         self._ints[slots] = torch.where(live[:, None], moved, ints)
-
-
-def _put(
-    table: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    where: torch.Tensor,
-    values: torch.Tensor,
-) -> None:
-    """table[rows, columns] = values, only where `where`."""
-    old = table[rows, columns]
-    where = where.reshape(-1, *[1] * (values.ndim - 1))
-    table[rows, columns] = torch.where(where, values.to(old.dtype), old)
 
 
 def pack(tensor: torch.Tensor) -> tuple[str, list[int], bytes]:

@@ -45,14 +45,19 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def _bits(seed: torch.Tensor, stream: Stream, counter: torch.Tensor, width: int) -> torch.Tensor:
+def _bits(
+    seed: torch.Tensor, stream: Stream | torch.Tensor, counter: torch.Tensor, width: int
+) -> torch.Tensor:
     """int64 [N, width] of hashed bits for int64 `seed` [N] and `counter` [N]."""
-    row = _mix(_mix(_mix(seed * _GAMMA + 1) + _signed(int(stream) * _MIX_1)) + counter * _GAMMA)
+    start = stream * _MIX_1 if isinstance(stream, torch.Tensor) else _signed(stream * _MIX_1)
+    row = _mix(_mix(_mix(seed * _GAMMA + 1) + start) + counter * _GAMMA)
     return _mix(row[:, None] + torch.arange(width, device=seed.device) * _GAMMA)
 
 
-def uniform(seed: torch.Tensor, stream: Stream, counter: torch.Tensor) -> torch.Tensor:
-    """float64 [N], uniform on the open interval (0, 1)."""
+def uniform(
+    seed: torch.Tensor, stream: Stream | torch.Tensor, counter: torch.Tensor
+) -> torch.Tensor:
+    """float64 [N], uniform on the open interval (0, 1). Rows may differ in `stream` (int64 [N])."""
     bits = _shift_right(_bits(seed, stream, counter, 1)[:, 0], 12)
     return (bits.double() + 0.5) / (1 << 52)
 

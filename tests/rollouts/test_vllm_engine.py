@@ -15,7 +15,9 @@ from rl.interfaces import Media, WeightUpdate
 from rl.scoring import collate, replay, replay_gaps
 from rl.trajectory import MediaKey, RolloutRequest, Sample, Sampling, Trajectory
 from rl.weights import state_checksum, weight_update
+from rollouts.pool import RolloutPool
 from rollouts.vllm_engine import VLLMEngine
+from rollouts.worker import EngineSpec
 from tests.latent import engine_for, requests_for, square_samples, thinking_policy
 from tests.rollouts.vllm_engines import OPTIONS, Engines
 
@@ -166,6 +168,17 @@ def test_half_a_layer_can_be_updated(vllm_engines, samples, tmp_path):
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
 
 
+def test_broken_weights_give_errors_and_no_trajectories(vllm_engines, samples, tmp_path):
+    policy, processor = thinking_policy(tmp_path / "p")
+    engine = vllm_engines(policy, processor)
+    with torch.no_grad():
+        policy.base_model.language_model.norm.weight.fill_(torch.nan)
+    engine.update_weights(weight_update(policy, 1))
+    with pytest.raises(RolloutError, match=r"'square0', seed 0.*no finite numbers"):
+        engine.generate(requests_for(samples[:1], 2))
+    assert nothing_left(engine)
+
+
 def test_weights_of_other_shapes_are_refused(engine):
     state = {"lm_head.weight": torch.zeros(3, 5)}
     with pytest.raises(RolloutError, match=r"lm_head\.weight is \(3, 5\)"):
@@ -214,6 +227,13 @@ def test_adapters_are_swapped_and_tied_weights_updated(samples, tmp_path):
     folder, clips = tmp_path / "policy", LocalMedia(media, 16)
     with VLLMEngine(folder, media, clips, version=3, options=options) as engine:
         check(3)  # a fresh adapter changes nothing
+        # Half a layer; the other half comes from the folder that the engine was started on.
+        (query,) = (n for n in policy.state_dict() if "layers.0" in n and "q_proj.base" in n)
+        with torch.no_grad():
+            policy.get_parameter(query).add_(0.1)
+        state = {query.replace(".base_layer", ""): policy.get_parameter(query).detach().clone()}
+        engine.update_weights(WeightUpdate(3, state, state_checksum(state)))
+        check(3)
         for version in (4, 5):
             torch.manual_seed(version)
             for name, parameter in adapted.named_parameters():
@@ -227,9 +247,26 @@ def test_adapters_are_swapped_and_tied_weights_updated(samples, tmp_path):
                 parameter.add_(0.01 * torch.randn_like(parameter))
         engine.update_weights(weight_update(adapted, 6))  # merged: the adapter is taken off
         check(6)
-    assert len(seen) == 4
+    assert len(seen) == 5
     with pytest.raises(RolloutError, match="it was closed"):
         engine.generate(requests)
+
+
+def test_a_worker_of_the_pool_samples_with_vllm(samples, tmp_path):
+    policy, processor = thinking_policy(tmp_path / "p")
+    policy.save_pretrained(tmp_path / "policy")
+    processor.save_pretrained(tmp_path / "policy")
+    options = dataclasses.asdict(OPTIONS)
+    spec = EngineSpec(str(tmp_path / "policy"), engine="vllm", options=options)
+    requests = requests_for(samples, 2, Sampling(1.0, 12, "always"))
+    with RolloutPool(spec, MediaProcessor(processor), 1, cpus_per_worker=0) as pool:
+        expected = engine_for(policy, processor).generate(requests)
+        for a, b in zip(flat(pool.generate(requests)), flat(expected), strict=True):
+            assert a.completion_ids.tolist() == b.completion_ids.tolist()
+            torch.testing.assert_close(a.latents, b.latents, atol=1e-4, rtol=0)
+        assert pool.update_weights(weight_update(policy, 4)) == 4
+        (health,) = pool.health()["workers"].values()
+    assert (health["engine"], health["version"], health["trajectories"]) == ("vllm", 4, 8)
 
 
 def test_several_clips_and_images_in_a_prompt(vllm_engines, samples, tmp_path):

@@ -5,6 +5,7 @@ vLLM means: read what has changed before anything else.
 import inspect
 from dataclasses import fields
 from importlib import import_module
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,8 @@ PARAMETERS = {
     "vllm.model_executor.models.qwen3_vl:Qwen3VLForConditionalGeneration.compute_logits": (
         "self hidden_states"
     ),
+    f"{GPU}.sample.logits_processor.interface:LogitsProcessor.validate_params": "sampling_params",
+    "vllm.reasoning:ReasoningParserManager.register_lazy_module": "name module_path class_name",
 }
 
 FIELDS = {
@@ -44,9 +47,9 @@ FIELDS = {
 }
 
 
-def found(path):
+def found(path: str) -> Any:
     module, _, names = path.partition(":")
-    thing = import_module(module)
+    thing: Any = import_module(module)
     for name in names.split("."):
         thing = getattr(thing, name)
     return thing

@@ -133,7 +133,9 @@ def test_branches_of_one_beginning_share_its_blocks(world, roomy, expected):
     told = sample(roomy, branches)
     assert [t.cached for t in told] == [0, 64, 64, 64]  # of 44 + 30 tokens
     assert max(gaps(world[1], branches, told)) < 1e-5
-    other = replace(branches[0], latents=branches[0].latents * 1.5)
+    latents = branches[0].latents
+    assert latents is not None
+    other = replace(branches[0], latents=latents * 1.5)
     assert sample(roomy, [other])[0].cached == 32  # equal ids, other latents
 
 
@@ -226,7 +228,7 @@ def test_many_requests_some_aborted(world):
     assert llm.collective_rpc("foresight_memory")[0]["left"] == 0
     assert len(finished) + len(aborted) == len(pool) and len(aborted) > 20
     assert max(gaps(world[1], [pool[i] for i, _ in finished], [t for _, t in finished])) < 3e-5
-    assert memory[400] - memory[150] < 20_000  # KiB
+    assert memory[400] - memory[150] < 64_000  # KiB; 250 requests' latents alone are a tenth
 
 
 @pytest.mark.slow

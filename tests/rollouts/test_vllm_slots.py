@@ -46,7 +46,7 @@ def run(slots, places, requests, steps, begun=None):
         rows = [model(r.seed, len(ids)) for r, ids in zip(requests, done, strict=True)]
         logits = torch.stack([row[1] for row in rows])
         choice = slots.choose(logits, torch.tensor(places), places)
-        sampled = logits.argmax(-1)
+        sampled = torch.where(choice.given, choice.ids, logits.argmax(-1))
         hidden = torch.stack([row[0] for row in rows])
         slots.advance(choice, sampled, torch.ones(len(rows), dtype=torch.bool), hidden)
         for ids, token in zip(done, sampled.tolist(), strict=True):
@@ -139,9 +139,32 @@ def test_a_request_that_was_taken_away_goes_on_as_it_was(protocol, request, cut)
         assert torch.equal(ours[:length], theirs[:length])
 
 
-def test_rows_that_sampled_nothing_stay_as_they_are():
+@pytest.mark.parametrize("keys", [("a", "b"), ("a", None), (None, None)])
+def test_vllm_sees_edited_rows_only_beside_requests_without_a_key(keys):
+    slots = slots_for(LatentProtocol())
+    for place, key in enumerate(keys):
+        slots.open(place, LatentRequest(seed=1, key="before" if key is None else None), [])
+        slots.open(place, LatentRequest(seed=place, key=key, imagine="never"), [])
+    slots.flush()
+    raw = torch.stack([model(place, 0)[1] for place in range(2)])
+    logits = raw.clone()
+    choice = slots.choose(logits, torch.tensor([0, 1]), [0, 1])
+    assert choice.given.tolist() == [key is not None for key in keys]
+    for row, key in enumerate(keys):
+        if None not in keys:
+            expected = raw[row]
+        elif key is None:
+            expected = text_logits(raw[row : row + 1], torch.tensor([False]), TOKENS)[0]
+        else:
+            expected = torch.full_like(raw[row], -torch.inf)
+            expected[choice.ids[row]] = 0.0
+        assert torch.equal(logits[row], expected)
+
+
+@pytest.mark.parametrize("imagine", ["always", "never"])  # a latent is due, or text
+def test_rows_that_sampled_nothing_stay_as_they_are(imagine):
     slots = slots_for(LatentProtocol(min_length=2, max_length=3))
-    run(slots, [2], [LatentRequest(seed=1, key="k", imagine="always")], 2)
+    run(slots, [2], [LatentRequest(seed=1, key="k", imagine=imagine)], 2)
     before = slots.keep(2, 8), slots.is_open(torch.tensor([2]))
     hidden, logits = model(1, 2)
     choice = slots.choose(logits[None].clone(), torch.tensor([2]), [2])

@@ -28,6 +28,10 @@ def test_streams_differ():
     seed, counter = torch.tensor([3]), torch.tensor([4])
     values = {float(uniform(seed, stream, counter)) for stream in Stream}
     assert len(values) == len(Stream)
+    streams = torch.tensor([Stream.DECISION, Stream.TOKEN])
+    rows = uniform(seed.expand(2), streams, counter.expand(2))
+    each = [uniform(seed, stream, counter) for stream in (Stream.DECISION, Stream.TOKEN)]
+    assert torch.equal(rows, torch.cat(each))
 
 
 def test_normals_are_normal_and_uncorrelated():

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from rl.policy.protocol import LatentTokens
-from rl.policy.sampling import decide, draw_text
-from rl.policy.scores import truncate, truncated_scores
+from rl.policy.sampling import BLOCK, _pick, draw_next
+from rl.policy.scores import end_logprobs, text_logits, truncate, truncated_scores
 
 TOKENS = LatentTokens(start=1, end=2, filler=3, banned=(4,))
 INF = math.inf
@@ -112,45 +112,118 @@ def arguments(rows: int, size: int):
 
 def test_rows_do_not_see_each_other():
     given = arguments(24, 30)
-    ids, logprobs, kept = draw_text(*given, tokens=TOKENS, any_truncated=True)
-    assert not {2, 3, 4} & set(ids.tolist()) and 1 not in ids[1::2]
+    drawn = draw_next(*given, tokens=TOKENS, any_truncated=True)
+    assert not {2, 3, 4} & set(drawn.ids.tolist()) and 1 not in drawn.ids[1::2]
     for row in range(24):
         one = [value[row : row + 1] for value in given]
         cut = bool(one[2] > 0 and (one[3] < 1 or one[4] > 0))
-        alone = draw_text(*one, tokens=TOKENS, any_truncated=cut)
-        assert ids[row] == alone[0] and kept[row] == alone[2] and bool(kept[row]) == cut
-        torch.testing.assert_close(logprobs[row : row + 1], alone[1], atol=1e-6, rtol=0)
+        alone = draw_next(*one, tokens=TOKENS, any_truncated=cut)
+        assert drawn.ids[row] == alone.ids and drawn.decisions[row] == alone.decisions
+        assert drawn.kept[row] == alone.kept and bool(drawn.kept[row]) == cut
+        for name in ("logprobs", "decision_logprobs"):
+            ours = getattr(drawn, name)[row : row + 1]
+            torch.testing.assert_close(ours, getattr(alone, name), atol=1e-6, rtol=0)
+
+
+def untruncated(logits, may_start, temperature, u, tokens=TOKENS):
+    one, zero = torch.ones(len(u)), torch.zeros(len(u), dtype=torch.int64)
+    return draw_next(logits, may_start, temperature, one, zero, u, tokens, any_truncated=False)
 
 
 def test_greedy_rows_are_whole_at_temperature_one():
     # Weights 1, 2, 6 of 0, start, 5; the likeliest, in spite of top-k 1.
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]]).log1p()
     one, u = torch.ones(1), torch.zeros(1, dtype=torch.float64)
-    ids, logprobs, kept = draw_text(
-        logits, torch.tensor([True]), 0 * one, one, torch.tensor([1]), u, TOKENS,
-        any_truncated=True,
-    )  # fmt: skip
-    assert (ids.item(), kept.item()) == (5, 0)
-    assert logprobs.item() == pytest.approx(math.log(6 / 9), abs=1e-6)
+    may = torch.tensor([True])
+    drawn = draw_next(logits, may, 0 * one, one, torch.tensor([1]), u, TOKENS, any_truncated=True)
+    assert (drawn.ids.item(), drawn.kept.item()) == (5, 0)
+    assert drawn.logprobs.item() == pytest.approx(math.log(6 / 9), abs=1e-6)
     # Ending weighs 3 of 21: greedy goes on although u = 0 would end.
-    ids, logprobs = decide(logits, 0 * one, u, TOKENS)
-    assert ids.item() == TOKENS.filler
-    assert logprobs.item() == pytest.approx(math.log(18 / 21), abs=1e-6)
-    # At temperature 0.5 weights are squared: 9 of 91.
+    assert drawn.decisions.item() == TOKENS.filler
+    assert drawn.decision_logprobs.item() == pytest.approx(math.log(18 / 21), abs=1e-6)
+
+
+@pytest.mark.parametrize("may_start", [True, False])
+@pytest.mark.parametrize("top_k", [0, 1])
+def test_decisions_by_hand(may_start, top_k):
+    # Weights 1 to 6 are squared at temperature 0.5: ending has 9 of 91, whatever text may hold.
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]]).log1p()
+    one, k, may = torch.ones(1), torch.tensor([top_k]), torch.tensor([may_start])
     for at, end in ((9 / 91 - 1e-4, True), (9 / 91 + 1e-4, False)):
-        ids, logprobs = decide(logits, 0.5 * one, torch.full_like(u, at), TOKENS)
-        assert (ids.item() == TOKENS.end) is end
+        u = torch.tensor([at], dtype=torch.float64)
+        drawn = draw_next(logits, may, 0.5 * one, one, k, u, TOKENS, any_truncated=top_k > 0)
+        assert (drawn.decisions.item() == TOKENS.end) is end and drawn.kept.item() == top_k
         expected = math.log(9 / 91 if end else 82 / 91)
-        assert logprobs.item() == pytest.approx(expected, abs=1e-6)
+        assert drawn.decision_logprobs.item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_nothing_waits_for_the_device():
+@pytest.mark.parametrize("size", [BLOCK - 1, 2 * BLOCK, 5 * BLOCK + 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draws_follow_the_distribution_of_the_replay(size, dtype):
+    rows, banned = 64, (0, size // 2, size - 1)
+    tokens = LatentTokens(start=size - 2, end=7, filler=BLOCK - 2, banned=banned)
+    g = torch.Generator().manual_seed(size)
+    logits = (3 * torch.randn(rows, size, generator=g)).to(dtype)
+    logits[:, BLOCK // 2 : BLOCK] = -INF  # nor may what the model itself rules out be drawn
+    before = logits.clone()
+    may = torch.arange(rows) % 2 == 0
+    temperature = torch.tensor([0.0, 0.5, 1.0, 1.7]).repeat(rows // 4)
+    u = (torch.arange(rows) + 0.5).double() / rows
+    drawn = untruncated(logits, may, temperature, u, tokens)
+    assert torch.equal(logits, before)
+    heated = logits.float() / torch.where(temperature > 0, temperature, 1.0)[:, None]
+    logp = text_logits(heated, may, tokens).log_softmax(-1)
+    chosen = logp.gather(1, drawn.ids[:, None])[:, 0]
+    torch.testing.assert_close(drawn.logprobs, chosen, atol=2e-6, rtol=0)
+    # The token drawn is the one whose step of the distribution function covers u.
+    above = logp.double().exp().cumsum(-1).gather(1, drawn.ids[:, None])[:, 0]
+    noisy = temperature > 0
+    assert ((u <= above + 1e-6) & (u >= above - chosen.double().exp() - 1e-6))[noisy].all()
+    assert torch.equal(drawn.ids[~noisy], logp.argmax(-1)[~noisy])
+    end, more = end_logprobs(heated, tokens)
+    expected = torch.where(drawn.decisions == tokens.end, end, more)
+    torch.testing.assert_close(drawn.decision_logprobs, expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(torch.where(noisy, u < end.exp(), end > more), expected == end)
+
+
+@pytest.mark.parametrize("only", [0, BLOCK - 1, BLOCK, 3 * BLOCK + 4])
+@pytest.mark.parametrize("u", [0.0, 0.5, 1.0 - 2.0**-53, 1.0])
+def test_all_mass_in_one_token(only, u):
+    size = 3 * BLOCK + 5
+    tokens = LatentTokens(start=10, end=20, filler=30, banned=(40,))
+    logits = torch.full((2, size), -INF)
+    logits[:, only] = 3.0
+    logits[:, [10, 20, 30, 40]] = 50.0
+    heat, us = torch.tensor([0.0, 1.0]), torch.full((2,), u, dtype=torch.float64)
+    drawn = untruncated(logits, torch.zeros(2, dtype=torch.bool), heat, us, tokens)
+    assert drawn.ids.tolist() == [only, only] and drawn.logprobs.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("u", "index", "rest"),
+    [
+        (0.0, 1, 0.0),
+        (0.1, 1, 0.4),
+        (0.25, 1, 1.0),
+        (0.4, 3, 0.2),
+        (1.0 - 2.0**-53, 3, 1.0),
+        (1.0, 3, 1.0),  # the end of the last weight, not the zeros after it
+    ],
+)
+def test_picks_by_hand(u, index, rest):
+    weights = torch.tensor([[0.0, 1.0, 0.0, 3.0, 0.0]])
+    found, left = _pick(weights, torch.tensor([u], dtype=torch.float64))
+    assert found.item() == index and left.item() == pytest.approx(rest, abs=1e-12)
+
+
+@pytest.mark.parametrize("any_truncated", [False, True])
+def test_nothing_waits_for_the_device(any_truncated):
     # Fake tensors have no values: reading one, or a shape that depends on one, is an error.
     with FakeTensorMode() as mode, torch.inference_mode():
         fake = [mode.from_tensor(value) for value in arguments(8, 30)]
-        ids, logprobs, kept = draw_text(*fake, tokens=TOKENS, any_truncated=True)
-        decided, _ = decide(fake[0], fake[2], fake[5], TOKENS)
-    assert [x.dtype for x in (ids, decided, logprobs, kept)] == [
-        torch.int64, torch.int64, torch.float32, torch.int32,
+        drawn = draw_next(*fake, tokens=TOKENS, any_truncated=any_truncated)
+    found = drawn.ids, drawn.decisions, drawn.logprobs, drawn.decision_logprobs, drawn.kept
+    assert [x.dtype for x in found] == [
+        torch.int64, torch.int64, torch.float32, torch.float32, torch.int32,
     ]  # fmt: skip
-    assert {x.shape for x in (ids, logprobs, kept, decided)} == {(8,)}
+    assert {x.shape for x in found} == {(8,)}
