@@ -5,7 +5,9 @@ VENV ?= .venv
 # An extra package index for torch: where its CPU build must be picked, give PyTorch's index of CPU wheels.
 #   make venv TORCH_INDEX=<address>
 TORCH_INDEX ?=
-# Further arguments of pytest, as in `make test PYTEST_ARGS="-n 2 -k scoring"`, and of `foresight quickstart`.
+# Files of tests that run side by side.
+WORKERS ?= 2
+# Further arguments of pytest, as in `make test PYTEST_ARGS="-k scoring"`, and of `foresight quickstart`.
 PYTEST_ARGS ?=
 ARGS ?=
 
@@ -13,6 +15,7 @@ EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.foresight-installed
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 VLLM_STAMP := $(VENV)/.vllm-installed
 PIP_INSTALL := $(BIN)/python -m pip install $(if $(strip $(TORCH_INDEX)),--extra-index-url "$(strip $(TORCH_INDEX))")
 # Read from pyproject.toml, so that the version is written once.
@@ -60,10 +63,10 @@ test test-slow: export HF_HUB_DISABLE_TELEMETRY = 1
 test test-slow: export RAY_AUTH_MODE = disabled
 
 test: lint  ## Lint, type-check and run the tests (PYTEST_ARGS)
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: lint  ## The same with the slow tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(VLLM_STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
@@ -77,9 +80,10 @@ format: $(STAMP)  ## Let ruff rewrite the files
 quickstart: $(STAMP)  ## Train the tiny video model, from MP4 files to an exported policy (ARGS)
 	$(BIN)/foresight quickstart $(ARGS)
 
-bench: $(STAMP)  ## Measure how exact replay is and what rewards cost (docs/exactness.md, docs/rewards.md)
+bench: $(VLLM_STAMP)  ## Measure exactness, rewards and engines (docs/exactness.md, docs/rewards.md, docs/vllm.md)
 	$(BIN)/python -m benchmarks.exactness
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rewards
+	$(BIN)/python -m benchmarks.rollout
 
 clean:  ## Remove caches and build products; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
