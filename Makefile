@@ -15,7 +15,8 @@ EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.foresight-installed
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# The slowest files come early in the alphabet, and have few tests: xdist would start them last.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 VLLM_STAMP := $(VENV)/.vllm-installed
 PIP_INSTALL := $(BIN)/python -m pip install $(if $(strip $(TORCH_INDEX)),--extra-index-url "$(strip $(TORCH_INDEX))")
 # Read from pyproject.toml, so that the version is written once.

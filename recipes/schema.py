@@ -152,6 +152,14 @@ class VLLMSection(Section):
     media_cache_gb: NotNegative = Field(
         default=4.0, description="Processed clips that vLLM keeps, so that a group sends one."
     )
+    enable_sleep: bool = Field(
+        default=False,
+        description="Leave the GPU's memory to the trainer between rollouts; not on a CPU.",
+    )
+    weight_transfer: Literal["files", "nccl"] = Field(
+        default="files",
+        description="How weights reach vLLM; nccl: straight from the trainer's GPU to others.",
+    )
 
 
 class RolloutsSection(Section):

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
@@ -19,7 +19,11 @@ from rl.data.media import MediaProcessor
 from rl.errors import RolloutError, SyncError, VideoError
 from rl.interfaces import Media, WeightUpdate
 from rl.trajectory import MediaKey, RolloutRequest, TrajectoryGroup
+from rollouts import vllm_cpu
 from rollouts.worker import EngineSpec, RolloutWorker, fetch
+
+if TYPE_CHECKING:
+    from rollouts.vllm_transfer import WeightTransfer
 
 _CLOSING = 15.0  # seconds until a worker that does not end is killed
 
@@ -103,6 +107,7 @@ class RolloutPool:
             self._processor = processor
             self.media = RayMedia(self._workers, media_capacity)
             self._gather([w.health.remote() for w in self._workers], "start")
+            self._transfer = _transfer(spec, self._workers, timeout)
         except BaseException:
             self.close()
             raise
@@ -125,6 +130,9 @@ class RolloutPool:
         """Bring every worker to `update.version`; returns it. Raises `SyncError` that names who did
         not follow.
         """
+        if self._transfer is not None:
+            self._transfer.send(update)
+            return update.version
         holder = [ray.put(update)]
         calls = [w.update_weights.remote(holder) for w in self._workers]
         done, _ = ray.wait(calls, num_returns=len(calls), timeout=self._timeout)
@@ -183,6 +191,18 @@ class RolloutPool:
                     f"worker {number} died when it should {deed}: {error}"
                 ) from error
         return results
+
+
+def _transfer(spec: EngineSpec, workers: Sequence[Any], timeout: float) -> WeightTransfer | None:
+    """How weights reach vLLM's engines if not by files."""
+    backend = spec.options.get("weight_transfer", "files")
+    if spec.engine != "vllm" or backend == "files":
+        return None
+    vllm_cpu.install()
+    from rollouts.vllm_transfer import WeightTransfer
+
+    processes = spec.options.get("tensor_parallel_size", 1)
+    return WeightTransfer(backend, workers, processes, spec.policy, timeout)
 
 
 def _split(requests: Sequence[RolloutRequest], parts: int) -> list[slice]:

@@ -13,8 +13,10 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -42,7 +44,10 @@ class VLLMOptions:
     `max_model_len` bounds prompt and completion together; None takes the most that the policy and
     the memory allow. `kv_cache_bytes` sets the KV cache instead of the share
     `gpu_memory_utilization`. `media_cache_gb` is how much of processed clips vLLM keeps, so that
-    the members of a group do not each send theirs. On a CPU, graphs and compilation are off.
+    the members of a group do not each send theirs. With `enable_sleep` the engine leaves the GPU's
+    memory to others whenever it does not sample. `weight_transfer` is "files", or a backend of
+    vLLM's weight transfer, such as "nccl", whose sender calls `transfer`. On a CPU, graphs,
+    compilation and sleep are off.
     """
 
     max_model_len: int | None = None
@@ -57,6 +62,7 @@ class VLLMOptions:
     max_lora_rank: int = 16
     enable_sleep: bool = False
     media_cache_gb: float = 4.0
+    weight_transfer: str = "files"
 
 
 class VLLMEngine:
@@ -92,6 +98,7 @@ class VLLMEngine:
         self._busy = 0.0
         self._adapter: Any = None
         self._trouble: str | None = None
+        self._asleep = False
         self._one_at_a_time = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="vllm")
@@ -109,6 +116,7 @@ class VLLMEngine:
 
     async def _start(self, folder: str, dtype: Any, max_batch_size: int) -> None:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process has threads
+        from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -132,6 +140,9 @@ class VLLMEngine:
             "enable_sleep_mode": options.enable_sleep and not on_cpu,
             "mm_processor_cache_gb": options.media_cache_gb,
             "mm_device_do_normalize": False,  # the clips of `media` are normalised
+            "weight_transfer_config": None
+            if options.weight_transfer == "files"
+            else WeightTransferConfig(backend=options.weight_transfer),
             "worker_extension_cls": "rollouts.vllm_worker.ForesightWorker",
             "disable_log_stats": True,  # of vLLM's own log; `EngineMetrics` counts all the same
             "seed": 0,
@@ -164,8 +175,7 @@ class VLLMEngine:
         """
         from rollouts.vllm_batch import Batch
 
-        with self._one_at_a_time:
-            self._check_sound()
+        with self._use():
             started = time.perf_counter()
             batch = Batch(
                 self._llm,
@@ -184,6 +194,8 @@ class VLLMEngine:
             finally:
                 self._counts["retries"] += batch.retries
                 self._busy += time.perf_counter() - started
+            if self.options.enable_sleep:
+                self._sleep()
         done = [t for group in found for t in group if isinstance(t, Trajectory)]
         self._counts["trajectories"] += len(done)
         self._counts["tokens"] += sum(len(t.completion_ids) for t in done)
@@ -195,8 +207,12 @@ class VLLMEngine:
         `generate` to finish. An adapter set by `update_adapter` is taken off.
         """
         check_update(update, self._shapes)
-        with self._one_at_a_time:
-            self._check_sound()
+        if self.options.weight_transfer != "files":
+            raise RolloutError(
+                f"this engine takes weights by {self.options.weight_transfer}; build it with "
+                'weight_transfer="files"'
+            )
+        with self._use():
             files, rest = self._files.add(update)
             self._change(
                 f"weights of version {update.version}",
@@ -211,8 +227,7 @@ class VLLMEngine:
             raise RolloutError("this engine takes no adapters; build it with enable_lora=True")
         from vllm.lora.request import LoRARequest
 
-        with self._one_at_a_time:
-            self._check_sound()
+        with self._use():
             named = {"lora_name": "foresight", "lora_int_id": 1, "lora_path": str(folder)}
             self._change(
                 f"the adapter of version {version}",
@@ -221,17 +236,28 @@ class VLLMEngine:
             self._adapter, self.version = LoRARequest(**named), version
         return self.version
 
+    def transfer(self, step: str, arguments: Mapping[str, Any], version: int) -> None:
+        """One step of vLLM's weight transfer, named as vLLM names it. After the last one,
+        ``finish_weight_update``, the engine is at `version`.
+        """
+        with self._use():
+            work = partial(self._llm.collective_rpc, step, kwargs=dict(arguments))
+            if step == "init_weight_transfer_engine":
+                self._call(work())
+            else:
+                self._change(f"weights of version {version} ({step})", work)
+            if step == "finish_weight_update":
+                self._adapter, self.version = None, version
+
     def sleep(self) -> None:
-        """Give the GPU's memory to others: weights move to the CPU, the KV cache is dropped."""
+        """Give the GPU's memory to others: weights move to the CPU, the KV cache is dropped.
+
+        What needs the engine wakes it; `sample` lets it sleep again.
+        """
         if not self.options.enable_sleep:
             raise RolloutError("this engine cannot sleep; build it with enable_sleep=True")
-        with self._one_at_a_time:
-            self._call(self._llm.sleep(level=1))
-
-    def wake(self) -> None:
-        """Be ready to sample again after `sleep`."""
-        with self._one_at_a_time:
-            self._call(self._llm.wake_up())
+        with self._use():
+            self._sleep()
 
     def health(self) -> dict[str, Any]:
         """Version, totals since the start, tokens and latents per second of busy time, and what
@@ -276,9 +302,20 @@ class VLLMEngine:
     ) -> None:
         self.close()
 
-    def _check_sound(self) -> None:
-        if self._trouble is not None:
-            raise RolloutError(f"the vLLM engine cannot be used any more: {self._trouble}")
+    @contextmanager
+    def _use(self) -> Iterator[None]:
+        """The engine for one caller at a time, sound and awake."""
+        with self._one_at_a_time:
+            if self._trouble is not None:
+                raise RolloutError(f"the vLLM engine cannot be used any more: {self._trouble}")
+            if self._asleep:
+                self._call(self._llm.wake_up())
+                self._asleep = False
+            yield
+
+    def _sleep(self) -> None:
+        self._call(self._llm.sleep(level=1))
+        self._asleep = True
 
     def _change(self, what: str, load: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         """Load something new and forget all that was computed with the old."""

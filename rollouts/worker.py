@@ -89,6 +89,10 @@ class RolloutWorker:
         update: WeightUpdate = fetch(holder[0])
         return self._engine.update_weights(update)
 
+    def transfer(self, step: str, arguments: Mapping[str, Any], version: int) -> None:
+        """One step of vLLM's own weight transfer (`rollouts.vllm_transfer`)."""
+        self._engine.transfer(step, arguments, version)
+
     def health(self) -> dict[str, Any]:
         return {"pid": os.getpid(), **self._engine.health()}
 

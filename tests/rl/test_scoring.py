@@ -125,9 +125,12 @@ def test_fsdp2_replays_what_it_would_alone(tmp_path):
     alone.logprobs.sum().backward()
     expected = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad()
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1
-    )
+    # An engine of vLLM in this process (other tests have one) has started it, of one process too.
+    started = not torch.distributed.is_initialized()
+    if started:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1
+        )
     try:
         for layer in policy.base_model.language_model.layers:
             fully_shard(layer)
@@ -141,7 +144,8 @@ def test_fsdp2_replays_what_it_would_alone(tmp_path):
                 found = parameter.grad.full_tensor()
                 torch.testing.assert_close(found, expected[name], atol=1e-5, rtol=1e-4)
     finally:
-        torch.distributed.destroy_process_group()
+        if started:
+            torch.distributed.destroy_process_group()
 
 
 def test_rows_do_not_depend_on_their_batch(tmp_path):

@@ -8,6 +8,10 @@ from importlib import import_module
 from typing import Any
 
 import pytest
+from transformers import AutoConfig, Qwen3_5Config
+
+from rl.policy.model import load_policy, make_policy
+from tests.tiny import save_tiny_checkpoint, tiny_processor
 
 pytest.importorskip("vllm")
 
@@ -102,3 +106,12 @@ def test_the_hash_is_looked_up_where_it_is_replaced():
 def test_a_scheduler_may_be_made_by_a_function():
     source = inspect.getsource(found("vllm.config.scheduler:SchedulerConfig.get_scheduler_cls"))
     assert "resolve_obj_by_qualname(self.scheduler_cls)" in source
+
+
+def test_policies_load_beside_vllm(tmp_path):
+    save_tiny_checkpoint(tmp_path / "base", "qwen3_5")
+    theirs = found("vllm.transformers_utils.config:get_config")(tmp_path / "base", False)
+    assert type(AutoConfig.from_pretrained(tmp_path / "base")) is type(theirs) is not Qwen3_5Config
+    processor = tiny_processor("qwen3_5")
+    make_policy(tmp_path / "base", processor).save_pretrained(tmp_path / "policy")
+    assert type(load_policy(tmp_path / "policy").config) is Qwen3_5Config

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
 from rl.data.media import LocalMedia, MediaProcessor
 from rl.errors import PolicyError, TrajectoryError
 from rl.policy.heads import HeadConfig
-from rl.policy.model import LatentPolicy, load_policy, make_policy
+from rl.policy.model import LatentPolicy, load_policy, make_policy, model_class
 from rl.policy.protocol import LatentProtocol
 from rl.scoring import collate
 from tests.latent import engine_for, requests_for, square_samples, thinking_policy
@@ -38,7 +38,7 @@ def prompt_of(processor, sample):
 def test_a_new_policy_is_its_backbone(family, tmp_path):
     folder = save_tiny_checkpoint(tmp_path / "base", family)
     processor = tiny_processor(family)
-    base = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    base = model_class(AutoConfig.from_pretrained(folder), folder).from_pretrained(folder).eval()
     policy = make_policy(folder, processor).eval()
     inputs = prompt_of(processor, square_samples(tmp_path / "clips", 1)[0])
     with torch.no_grad():
