@@ -8,7 +8,7 @@ through Ray only say what comes; the weights themselves take NCCL's way. Source:
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -24,7 +24,7 @@ from rl.interfaces import WeightUpdate
 from rollouts.vllm_weights import parameter_shapes
 
 # What the trainer tells vLLM's transfer of itself, by the name of the backend.
-BACKENDS: dict[str, type[TrainerInitInfo]] = {"nccl": NCCLTrainerInitInfo}
+BACKENDS: dict[str, Callable[..., TrainerInitInfo]] = {"nccl": NCCLTrainerInitInfo}
 
 
 class WeightTransfer:
@@ -68,7 +68,7 @@ class WeightTransfer:
                         master_address=ray.util.get_node_ip_address(),
                         master_port=get_open_port(),
                         world_size=1 + self._engines.processes,
-                    ),  # type: ignore[call-arg]
+                    ),
                     client=self._engines,
                     source=self._source,
                 )

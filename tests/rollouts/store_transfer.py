@@ -66,8 +66,9 @@ class Receiver(WeightTransferEngine[Info, Update]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: Update) -> None:
+        model: Any = self.model
         for _ in range(update_info.count):
-            self.model.load_weights([self.group.broadcast_obj(None, 0)])
+            model.load_weights([self.group.broadcast_obj(None, 0)])
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
