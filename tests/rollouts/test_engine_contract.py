@@ -100,7 +100,7 @@ def test_seeds_decide(build, samples, tmp_path):
     engine = build(*thinking_policy(tmp_path / "p"))
     first, again = (flat(engine.generate(requests_for(samples, 3))) for _ in range(2))
     for ours, theirs in zip(first, again, strict=True):
-        assert_same(ours, theirs, atol=0)
+        assert_same(ours, theirs)
     assert len({t.completion_ids.tobytes() for t in first}) == len(first)
 
 
@@ -134,7 +134,7 @@ def test_greedy_latents_are_their_means(build, samples, tmp_path):
     greedy = flat(engine.generate(requests_for(samples, 2, Sampling(0.0, 20, "always"))))
     assert all(t.imagined for t in greedy)
     for a, b in zip(greedy[::2], greedy[1::2], strict=True):  # other seeds, same trajectory
-        assert_same(a, b, atol=0)
+        assert_same(a, b)
     with torch.no_grad():
         batch = collate(greedy, policy, engine.media, pad_id=256).inputs
         torch.testing.assert_close(policy(**batch).means, batch["latents"], atol=1e-5, rtol=0)
@@ -252,7 +252,7 @@ def test_weights_arrive_with_their_version(build, samples, tmp_path):
     expected = flat(build(other, processor).generate(requests_for(samples, 2)))
     assert {t.policy_version for t in after} == {7} == {version}
     for ours, theirs in zip(after, expected, strict=True):
-        assert_same(ours, theirs, atol=0)
+        assert_same(ours, theirs)
     assert any(
         a.completion_ids.tolist() != b.completion_ids.tolist()
         for a, b in zip(before, after, strict=True)

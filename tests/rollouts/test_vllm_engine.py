@@ -1,8 +1,10 @@
 """The vLLM engine against the transformers engine and replay, and what it alone can do."""
 
 import dataclasses
+import json
 import pickle
 from typing import Any
+from unittest.mock import AsyncMock
 
 import numpy as np
 import pytest
@@ -242,6 +244,13 @@ def test_adapters_are_swapped_and_tied_weights_updated(samples, tmp_path):
             adapted.save_pretrained(tmp_path / str(version))
             assert engine.update_adapter(tmp_path / str(version), version) == version
             check(version)
+        with pytest.raises(RolloutError, match=r"nowhere holds no LoRA adapter of PEFT's"):
+            engine.update_adapter(tmp_path / "nowhere", 6)
+        config = json.loads((tmp_path / "5/adapter_config.json").read_text())
+        (tmp_path / "5/adapter_config.json").write_text(json.dumps(config | {"r": 64}))
+        with pytest.raises(RolloutError, match=r"has rank 64; build .* max_lora_rank=64"):
+            engine.update_adapter(tmp_path / "5", 6)
+        check(5)  # nothing was lost
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.add_(0.01 * torch.randn_like(parameter))
@@ -250,6 +259,35 @@ def test_adapters_are_swapped_and_tied_weights_updated(samples, tmp_path):
     assert len(seen) == 5
     with pytest.raises(RolloutError, match="it was closed"):
         engine.generate(requests)
+
+
+def test_sleep_and_death_lose_nothing_and_hold_up_nobody(samples, tmp_path, monkeypatch):
+    policy, processor = thinking_policy(tmp_path / "p")
+    policy.save_pretrained(tmp_path / "policy")
+    processor.save_pretrained(tmp_path / "policy")
+    media, requests = MediaProcessor(processor), requests_for(samples, 2, Sampling(1.0, 12))
+    options = dataclasses.replace(OPTIONS, enable_sleep=True)
+    expected = [
+        t.completion_ids.tolist() for t in flat(engine_for(policy, processor).generate(requests))
+    ]
+
+    def found():
+        return [t.completion_ids.tolist() for t in flat(engine.generate(requests))]
+
+    with VLLMEngine(tmp_path / "policy", media, LocalMedia(media, 16), options=options) as engine:
+        assert engine._call(engine._llm.is_sleeping())
+        assert found() == expected
+        assert engine._call(engine._llm.is_sleeping())
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._llm, "sleep", AsyncMock(side_effect=RuntimeError("no room")))
+            assert found() == expected
+        with pytest.raises(RolloutError, match=r"did not fall asleep: no room.*enable_sleep"):
+            engine.generate(requests)
+        engine._trouble = None  # vLLM itself knows of no trouble
+        for process in engine._llm.engine_core.resources.engine_manager.processes:
+            process.kill()
+        with pytest.raises(RolloutError, match=r"did not take weights.*process died"):
+            engine.update_weights(weight_update(policy, 1))
 
 
 def test_a_worker_of_the_pool_samples_with_vllm(samples, tmp_path):

@@ -161,6 +161,15 @@ def test_vllm_sees_edited_rows_only_beside_requests_without_a_key(keys):
         assert torch.equal(logits[row], expected)
 
 
+@pytest.mark.parametrize("latents", [None, torch.ones(1, WIDTH)])
+def test_a_completion_without_its_latents_is_refused(latents):
+    """A slot still has those of the request before."""
+    begun = [TOKENS.start, TOKENS.filler, TOKENS.filler]
+    request = LatentRequest(seed=1, key="mine", latents=latents)
+    with pytest.raises(RuntimeError, match="2 latents came without them"):
+        slots_for(LatentProtocol(max_length=4)).open(2, request, begun)
+
+
 @pytest.mark.parametrize("imagine", ["always", "never"])  # a latent is due, or text
 def test_rows_that_sampled_nothing_stay_as_they_are(imagine):
     slots = slots_for(LatentProtocol(min_length=2, max_length=3))

@@ -53,5 +53,11 @@ def test_two_engines_take_weights_from_one_sender(tmp_path, monkeypatch):
         assert pool.update_weights(WeightUpdate(3, part, state_checksum(part))) == 3
         check(3)
         bad = {"lm_head.weight": torch.zeros(3, 5)}
-        with pytest.raises(SyncError, match=r"version 4 did not arrive"):
+        with pytest.raises(SyncError, match=r"lm_head\.weight is \(3, 5\)"):
             pool.update_weights(WeightUpdate(4, bad, state_checksum(bad)))
+        # A transfer out of turn, which vLLM refuses.
+        monkeypatch.setattr(
+            store_transfer.Sender, "send_weights", lambda sender: sender.client.update_weights({})
+        )
+        with pytest.raises(SyncError, match=r"version 4 did not arrive.*update weights"):
+            pool.update_weights(WeightUpdate(4, part, state_checksum(part)))
