@@ -120,7 +120,7 @@ class DataSection(Section):
 class RaySection(Section):
     address: str | None = Field(
         default=None,
-        description="Ray cluster to join, such as ray://head:10001; null: this machine.",
+        description="Ray to join, such as auto or head:6379; null: one is started on this machine.",
     )
 
 
@@ -133,8 +133,8 @@ class VLLMSection(Section):
     )
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
         default=None,
-        description="Share of a GPU's memory for a worker; null: 0.4 of the worker's part, beside "
-        "the trainer.",
+        description="Share of a GPU's memory for a worker; null: 0.4 of the part of it that the "
+        "worker has, beside the trainer.",
     )
     kv_cache_gb: Positive | None = Field(
         default=None,
@@ -158,7 +158,7 @@ class VLLMSection(Section):
     )
     weight_transfer: Literal["files", "nccl"] = Field(
         default="files",
-        description="How weights reach vLLM; nccl: straight from the trainer's GPU to others.",
+        description="How weights reach vLLM; nccl: from the trainer's GPU to others, without files.",
     )
 
 
@@ -174,7 +174,8 @@ class RolloutsSection(Section):
         default=1, description="Ray actors, each with its own copy of the policy."
     )
     max_batch_size: Count = Field(
-        default=64, description="Trajectories a worker samples side by side."
+        default=64,
+        description="Trajectories a worker samples side by side; more suit vLLM on a GPU.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
@@ -184,7 +185,7 @@ class RolloutsSection(Section):
     cpus_per_worker: Positive = Field(default=1.0, description="CPU cores reserved for a worker.")
     gpus_per_worker: NotNegative | None = Field(
         default=None,
-        description="GPUs, or a share of one; null: this machine's, shared out evenly.",
+        description="GPUs, or a share of one; null: those this command sees, shared out evenly.",
     )
     timeout_s: Positive = Field(
         default=600.0, description="Seconds until a call to a worker counts as failed."
@@ -458,7 +459,9 @@ class SFTSection(TrainSection):
     )
     tokens_per_patch: Count = Field(default=1, description="Latents for each frame pair of a span.")
     imagine_share: Share | ImagineShare = Field(
-        default=1.0, description="Probability that a row is taught with its latent spans."
+        default=1.0,
+        description="Probability that a row is taught with its latent spans; by a column of the "
+        "manifest: {column: NAME, shares: {VALUE: PROBABILITY}}.",
     )
     answer_template: str = Field(
         default="<answer>{answer}</answer>", description="The text taught after the spans."
@@ -542,7 +545,8 @@ class LADAPORecipe(_Recipe):
             RewardSection(use=name)
             for name in ("accuracy", "format", "outcome_contrastive", "temporal_diversity")
         ],
-        description="What is rewarded, with LA-DAPO's weights unless given.",
+        description="What is rewarded; by default accuracy, format, outcome_contrastive and "
+        "temporal_diversity, with LA-DAPO's weights.",
     )
     scoring: ScoringSection = Field(
         default=ScoringSection(), description="What becomes of the rewards."

@@ -8,6 +8,7 @@ dropped.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,12 +35,16 @@ class Collected:
     """One group a prompt that was asked for, `tries` rounds of refills later.
 
     `reasons` counts all groups that were sampled by the verdict on them (see
-    `rl.objective.Verdict`).
+    `rl.objective.Verdict`). Sampling them all took `seconds`, for so many `tokens` and among these
+    `latents`.
     """
 
     groups: list[CollectedGroup]
     refills: int
     reasons: Counter[str]
+    seconds: float
+    tokens: int
+    latents: int
 
 
 @dataclass(frozen=True)
@@ -100,13 +105,18 @@ class GroupCollector:
         dropped: list[CollectedGroup] = []
         reasons: Counter[str] = Counter()
         pending, refills = list(samples), 0
+        seconds, tokens, latents = 0.0, 0, 0
         while True:
+            started = time.perf_counter()
             groups = self._rollouts.generate(
                 [
                     RolloutRequest(s, self._seeds(f"{place}/{refills}/{i}/{s.id}", size), sampling)
                     for i, s in enumerate(pending)
                 ]
             )
+            seconds += time.perf_counter() - started
+            tokens += sum(len(t.completion_ids) for group in groups for t in group)
+            latents += sum(len(t.latents) for group in groups for t in group)
             for group, outcome in zip(groups, self._scorer.outcomes(groups), strict=True):
                 verdict = judge_group(outcome, self._low, self._high)
                 reasons[verdict.reason] += 1
@@ -114,7 +124,8 @@ class GroupCollector:
                 (kept if trained else dropped).append(CollectedGroup(group, list(outcome), trained))
             missing = len(samples) - len(kept)
             if missing == 0 or refills >= self._max_refills or not filtering:
-                return Collected(kept + dropped[:missing], refills, reasons)
+                groups = kept + dropped[:missing]
+                return Collected(groups, refills, reasons, seconds, tokens, latents)
             pending, refills = self._refill(missing), refills + 1
 
     def shuffled(
@@ -155,7 +166,7 @@ class GroupCollector:
 
 
 def rollout_metrics(collected: Collected, step: int) -> dict[str, float]:
-    """What to log about a rollout of update `step`: groups by verdict, latents, staleness."""
+    """What to log about a rollout of update `step`: verdicts, latents, staleness, speed."""
     trajectories = [t for c in collected.groups for t in c.group]
     lag = [step - t.policy_version for t in trajectories]
     return {
@@ -166,6 +177,9 @@ def rollout_metrics(collected: Collected, step: int) -> dict[str, float]:
         "latents/spans": float(np.mean([len(t.span_lengths) for t in trajectories])),
         "latents/per_completion": float(np.mean([len(t.latents) for t in trajectories])),
         "rollouts/staleness": float(np.mean(lag)),
+        "rollouts/seconds": collected.seconds,
+        "rollouts/tokens_per_second": collected.tokens / collected.seconds,
+        "rollouts/latents_per_second": collected.latents / collected.seconds,
     }
 
 

@@ -119,6 +119,7 @@ def test_every_ratio_is_one_at_the_first_update(build):
     assert first["latents/ratio"] == pytest.approx(1.0, abs=2e-5)
     assert first["clip_ratio/region_mean"] == 0.0 == first["latents/clip_ratio"]
     assert first["latents/per_completion"] > 0 and first["rollouts/staleness"] == 0
+    assert first["rollouts/tokens_per_second"] > first["rollouts/latents_per_second"] > 0
     # A second rollout comes from the updated weights.
     assert logs(trainer)[1]["replay/max_gap"] <= 1e-5
     same = [n for n, p in trained(trainer).items() if torch.equal(p, before[n])]
