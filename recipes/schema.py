@@ -158,7 +158,7 @@ class VLLMSection(Section):
     )
     weight_transfer: Literal["files", "nccl"] = Field(
         default="files",
-        description="How weights reach vLLM; nccl: from the trainer's GPU to others, without files.",
+        description="How weights reach vLLM; nccl: from the trainer's GPU to others, no files.",
     )
 
 
