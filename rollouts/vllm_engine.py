@@ -377,7 +377,7 @@ class VLLMEngine:
                     return future.result(timeout=_LOOK)
                 except TimeoutError:
                     if future.done():
-                        raise
+                        return future.result()
                 # vLLM does not answer calls that were on their way when its process died.
                 died += self._llm is not None and self._llm.errored
                 if died > 1:

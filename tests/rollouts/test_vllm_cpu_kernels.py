@@ -412,3 +412,16 @@ def test_every_kernel_is_replaced_once(kernels: Any) -> None:
     for name, replacement in before.items():
         assert place(name) is replacement
         assert not isinstance(replacement.original, kernels.Kernel)
+
+
+def test_a_grammar_takes_its_tokens_away(kernels):
+    """By hand: the interpreter cannot run vLLM's kernel."""
+    logits = torch.zeros(3, 35)  # one row of request 0, two of request 1
+    words = [[0b1101, 0b100], [-1, 0b011]]  # tokens 0, 2, 3 and 34; 0 to 33
+    masks, rows = torch.tensor(words, dtype=torch.int32), torch.tensor([0, 4 + 1])
+    starts = torch.tensor([0, 1, 3], dtype=torch.int32)
+    name = "structured_outputs._apply_grammar_bitmask_kernel"
+    assert place(name).function is kernels.KERNELS[name]
+    place(name).function(logits, 35, rows, starts, masks, 2, 35, MASK_STRIDE=4)
+    left = [np.flatnonzero(row == 0).tolist() for row in logits.numpy()]
+    assert left == [[0, 2, 3, 34], list(range(35)), list(range(34))]
