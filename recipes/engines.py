@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import AutoConfig
 
 from recipes.configs import uses_gpu
 from recipes.loading import Recipe
 from recipes.schema import LADAPORecipe, RolloutsSection
 from rl.errors import RecipeError
-from rl.policy.model import model_class, policy_class
+from rl.policy.model import model_class, policy_class, read_config
 from rollouts import vllm_cpu
 from rollouts.vllm_plugin import MODELS
 
@@ -52,9 +51,9 @@ def choose_engine(
     """
     if wanted == "transformers":
         return EngineChoice(wanted, "rollouts.engine says so")
-    name = policy_class(model_class(AutoConfig.from_pretrained(policy), policy)).__name__
     if wanted == "auto" and not gpu:
         return EngineChoice("transformers", "there is no GPU, where vLLM would be faster")
+    name = policy_class(model_class(read_config(policy), policy)).__name__
     missing = None
     if not vllm_installed():
         missing = f"vLLM is not installed ({INSTALL if gpu else INSTALL_CPU})"

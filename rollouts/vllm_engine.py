@@ -22,12 +22,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from rl.data.media import MediaProcessor
 from rl.errors import ForesightError, RolloutError
 from rl.interfaces import MediaSource, WeightUpdate
-from rl.policy.model import protocol_and_tokens
+from rl.policy.model import protocol_and_tokens, read_config
 from rl.trajectory import RolloutRequest, Trajectory, TrajectoryGroup
 from rollouts import vllm_cpu
 from rollouts.assemble import Assembler, check_update, stop_ids
@@ -90,8 +90,7 @@ class VLLMEngine:
         vllm_cpu.install()
         self.processor, self.media, self.options = processor, media, options
         self.version = version
-        config = AutoConfig.from_pretrained(folder)
-        protocol, tokens = protocol_and_tokens(config)
+        protocol, tokens = protocol_and_tokens(read_config(folder))
         stops = stop_ids(GenerationConfig.from_pretrained(folder), processor.tokenizer)
         self._assembler = Assembler(protocol, tokens, processor, stops)
         self._shapes, tied = parameter_shapes(folder)

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig
 
 from rl.interfaces import WeightUpdate
-from rl.policy.model import model_class, policy_class
+from rl.policy.model import model_class, policy_class, read_config
 
 _SHARED_MEMORY = Path("/dev/shm")
 
@@ -21,7 +20,7 @@ def parameter_shapes(folder: str | Path) -> tuple[dict[str, tuple[int, ...]], fr
     """Shapes of all entries of a policy's state dict by name, and the names of those that are
     another one under a second name (tied embeddings). Loads no weights.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     with torch.device("meta"):
         policy: Any = policy_class(model_class(config, folder))(config)
     policy.tie_weights()

@@ -214,7 +214,7 @@ def make_policy(
     """
     protocol, head = protocol or LatentProtocol(), head or HeadConfig()
     tokenizer: Any = getattr(processor, "tokenizer", processor)
-    config = _read_config(path)
+    config = read_config(path)
     cls = policy_class(model_class(config, path))
     new = [
         t
@@ -246,14 +246,16 @@ def make_policy(
 
 def load_policy(path: str | Path, **kwargs: Any) -> Any:
     """Load a saved policy; `kwargs` go to `from_pretrained` (`dtype` defaults to float32)."""
-    config = _read_config(path)
+    config = read_config(path)
     policy_settings(config)
     return _load(policy_class(model_class(config, path)), path, config=config, **kwargs)
 
 
-def _read_config(path: str | Path) -> PretrainedConfig:
-    """The config in `path`, in the class its model takes: vLLM, once it has run in a process, has
-    put classes of its own into `AutoConfig`, and Qwen3.5's lacks what the model reads.
+def read_config(path: str | Path) -> PretrainedConfig:
+    """The config of the video model in `path`; `PolicyError` if it is none.
+
+    It is of the class the model takes: vLLM, once it has run in a process, has put classes of its
+    own into `AutoConfig`, and Qwen3.5's lacks what the model reads.
     """
     config = AutoConfig.from_pretrained(path)
     own: Any = model_class(config, path).config_class

@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoConfig, Qwen3_5Config
 
 from rl.policy.model import load_policy, make_policy
+from rollouts.vllm_weights import parameter_shapes
 from tests.tiny import save_tiny_checkpoint, tiny_processor
 
 pytest.importorskip("vllm")
@@ -113,5 +114,7 @@ def test_policies_load_beside_vllm(tmp_path):
     theirs = found("vllm.transformers_utils.config:get_config")(tmp_path / "base", False)
     assert type(AutoConfig.from_pretrained(tmp_path / "base")) is type(theirs) is not Qwen3_5Config
     processor = tiny_processor("qwen3_5")
-    make_policy(tmp_path / "base", processor).save_pretrained(tmp_path / "policy")
+    policy = make_policy(tmp_path / "base", processor)
+    policy.save_pretrained(tmp_path / "policy")
+    assert parameter_shapes(tmp_path / "policy")[0].keys() == policy.state_dict().keys()
     assert type(load_policy(tmp_path / "policy").config) is Qwen3_5Config
