@@ -19,7 +19,8 @@ from rl.policy.model import load_policy
 from rl.scoring import media_types
 from rl.trajectory import RolloutRequest, Sample, Sampling
 from rollouts.transformers_engine import TransformersEngine
-from rollouts.vllm_engine import VLLMEngine, VLLMOptions
+from rollouts.vllm_engine import VLLMEngine
+from rollouts.vllm_options import VLLMOptions
 from tests.tiny import moving_square, write_clip
 
 GROUP = 8  # trajectories of a prompt

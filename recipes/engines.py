@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -16,6 +16,7 @@ from recipes.schema import LADAPORecipe, RolloutsSection
 from rl.errors import RecipeError
 from rl.policy.model import model_class, policy_class, read_config
 from rollouts import vllm_cpu
+from rollouts.vllm_options import VLLMOptions
 from rollouts.vllm_plugin import MODELS
 
 if TYPE_CHECKING:
@@ -79,8 +80,8 @@ def vllm_installed() -> bool:
     return find_spec("vllm") is not None
 
 
-def vllm_options(settings: RolloutsSection, gpus: float, *, trainer: bool = True) -> dict[str, Any]:
-    """Keyword arguments of `rollouts.vllm_engine.VLLMOptions` for a worker with `gpus` GPUs.
+def vllm_options(settings: RolloutsSection, gpus: float, *, trainer: bool = True) -> VLLMOptions:
+    """What vLLM is told in a worker with `gpus` GPUs.
 
     With `trainer` a trainer works on the same GPU. Raises `RecipeError` if the GPUs are too few, or
     cannot be others than the trainer's where they must.
@@ -101,7 +102,7 @@ def vllm_options(settings: RolloutsSection, gpus: float, *, trainer: bool = True
     if options["gpu_memory_utilization"] is None:
         share = _BESIDE_TRAINER if trainer and not elsewhere else _ALONE
         options["gpu_memory_utilization"] = share * min(gpus or 1.0, 1.0)
-    return options | {"kv_cache_bytes": None if cache is None else int(cache * 2**30)}
+    return VLLMOptions(**options, kv_cache_bytes=None if cache is None else int(cache * 2**30))
 
 
 def gpu_share(workers: int, gpus: int, booked: float = 0.0) -> float:
@@ -136,4 +137,8 @@ def recipe_engine(recipe: Recipe) -> EngineChoice | None:
     """What a recipe samples with; None for a stage that samples nothing."""
     if not isinstance(recipe, LADAPORecipe):
         return None
-    return choose_engine(recipe.rollouts.engine, recipe.policy.path, gpu=worker_gpus(recipe) > 0)
+    gpus = worker_gpus(recipe)
+    choice = choose_engine(recipe.rollouts.engine, recipe.policy.path, gpu=gpus > 0)
+    if choice.engine == "vllm":
+        vllm_options(recipe.rollouts, gpus)  # refuses what a run would refuse
+    return choice

@@ -63,11 +63,10 @@ def evaluate_policy(
     share = gpu_share(workers, gpus)
     choice = choose_engine(engine, folder, gpu=gpus > 0)
     console.print(str(choice))
-    options = vllm_options(RolloutsSection(), share, trainer=False)
     spec = EngineSpec(
         str(folder),
         engine=choice.engine,
-        options=options if choice.engine == "vllm" else {},
+        options=vllm_options(RolloutsSection(), share, trainer=False),
         dtype="bfloat16" if gpus else "float32",
         device="cuda" if gpus else "cpu",
         **settings,

@@ -83,7 +83,7 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> RunResult:
     start = _start_policy(recipe, plan, run, console)
     media = media_processor(recipe, AutoProcessor.from_pretrained(start))
     with (
-        rollout_pool(recipe, media, start, console) as pool,
+        rollout_pool(recipe, plan, media, start, console) as pool,
         reward_set(recipe, plan, run, console) as rewards,
     ):
         if found.step < recipe.train.max_steps:
@@ -126,7 +126,7 @@ def _finished(recipe: Recipe, run: RunFolder, done: dict[str, Any], console: Con
         console.print("the recipe's evaluation has changed since: evaluating again")
         media = media_processor(recipe, AutoProcessor.from_pretrained(run.policy))
         with (
-            rollout_pool(recipe, media, str(run.policy), console) as pool,
+            rollout_pool(recipe, plan, media, str(run.policy), console) as pool,
             reward_set(recipe, plan, run, console) as rewards,
         ):
             figures = _evaluate(recipe, plan, run, media, pool, rewards, console)

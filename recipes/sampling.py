@@ -14,7 +14,7 @@ from transformers import TrainerState
 
 from recipes.callbacks import progress_bar
 from recipes.check import Plan
-from recipes.engines import choose_engine, vllm_options, worker_gpus
+from recipes.engines import vllm_options, worker_gpus
 from recipes.evaluate import Evaluation, Outcomes, Sampler, evaluate
 from recipes.loading import Recipe
 from recipes.run_folder import RunFolder
@@ -25,6 +25,7 @@ from rl.policy.protocol import Imagine
 from rl.trajectory import Sample
 from rollouts.pool import RolloutPool
 from rollouts.transformers_engine import TransformersEngine
+from rollouts.vllm_options import VLLMOptions
 from rollouts.worker import EngineSpec
 
 _SIDE_BY_SIDE = 32  # answers of an engine in the trainer's own process (SFT)
@@ -64,10 +65,11 @@ def evaluate_with_bar(
 
 @contextmanager
 def rollout_pool(
-    recipe: Recipe, media: MediaProcessor, start: str, console: Console
+    recipe: Recipe, plan: Plan, media: MediaProcessor, start: str, console: Console
 ) -> Iterator[RolloutPool | None]:
     """The workers that sample; None for a stage that samples nothing."""
-    if not isinstance(recipe, LADAPORecipe):
+    choice = plan.engine
+    if not isinstance(recipe, LADAPORecipe) or choice is None:
         yield None
         return
     settings = recipe.rollouts
@@ -75,12 +77,11 @@ def rollout_pool(
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if gpus else "float32"
-    choice = choose_engine(settings.engine, start, gpu=gpus > 0)
     console.print(str(choice))
     spec = EngineSpec(
         policy=start,
         engine=choice.engine,
-        options=vllm_options(settings, gpus) if choice.engine == "vllm" else {},
+        options=vllm_options(settings, gpus) if choice.engine == "vllm" else VLLMOptions(),
         dtype=dtype,
         device="cuda" if gpus else "cpu",
         max_batch_size=settings.max_batch_size,

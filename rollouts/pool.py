@@ -97,8 +97,7 @@ class RolloutPool:
         if self._owns_ray:
             _start_ray(address, max(os.cpu_count() or 1, round(workers * cpus_per_worker)))
         self._workers: list[Any] = []
-        self._engine = spec.engine
-        self._engines_sleep = spec.engine == "vllm" and spec.options.get("enable_sleep", False)
+        self._spec = spec
         try:
             _check_resources(workers, cpus_per_worker, gpus_per_worker)
             actor = ray.remote(RolloutWorker).options(
@@ -164,7 +163,7 @@ class RolloutPool:
     def close(self) -> None:
         """Stop the workers, and Ray if this pool started it."""
         # vLLM has processes of its own, which the workers end if they are given the time.
-        if self._engine == "vllm" and self._workers:
+        if self._spec.engine == "vllm" and self._workers:
             calls = [worker.close.remote() for worker in self._workers]
             ray.wait(calls, num_returns=len(calls), timeout=_CLOSING)
         for worker in self._workers:
@@ -186,7 +185,7 @@ class RolloutPool:
 
     def _give_memory(self) -> None:
         """Leave what this process keeps of a GPU for later use to engines that wake up on it."""
-        if self._engines_sleep:
+        if self._spec.engine == "vllm" and self._spec.options.enable_sleep:
             torch.cuda.empty_cache()
 
     def _gather(self, calls: Sequence[Any], deed: str) -> list[Any]:
@@ -208,13 +207,12 @@ class RolloutPool:
 
 def _transfer(spec: EngineSpec, workers: Sequence[Any], timeout: float) -> WeightTransfer | None:
     """How weights reach vLLM's engines if not by files."""
-    backend = spec.options.get("weight_transfer", "files")
+    backend, processes = spec.options.weight_transfer, spec.options.tensor_parallel_size
     if spec.engine != "vllm" or backend == "files":
         return None
     vllm_cpu.install()
     from rollouts.vllm_transfer import WeightTransfer
 
-    processes = spec.options.get("tensor_parallel_size", 1)
     return WeightTransfer(backend, workers, processes, spec.policy, timeout)
 
 

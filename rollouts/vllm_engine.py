@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -31,41 +30,13 @@ from rl.policy.model import protocol_and_tokens, read_config
 from rl.trajectory import RolloutRequest, Trajectory, TrajectoryGroup
 from rollouts import vllm_cpu
 from rollouts.assemble import Assembler, check_update, stop_ids
+from rollouts.vllm_options import VLLMOptions
 from rollouts.vllm_weights import WeightFiles, parameter_shapes
 
 T = TypeVar("T")
 
 _LOOK = 1.0  # seconds between two looks at whether vLLM lives
 _CPU_CACHE = 1 << 28  # bytes of KV cache on a CPU, where vLLM would take most of the memory
-
-
-@dataclass(frozen=True)
-class VLLMOptions:
-    """How vLLM runs. The defaults suit a GPU that the engine has for itself.
-
-    `max_model_len` bounds prompt and completion together; None takes the most that the policy and
-    the memory allow. `kv_cache_bytes` sets the KV cache instead of the share
-    `gpu_memory_utilization`. `media_cache_gb` is how much of processed clips vLLM keeps, so that
-    the members of a group do not each send theirs. With `enable_sleep` the engine leaves the GPU's
-    memory to others from its start and from the end of each round of sampling until it is needed
-    again. `weight_transfer` is "files", or a backend of vLLM's weight transfer, such as "nccl",
-    whose sender calls `transfer`. On a CPU, graphs and compilation are off, and sleep frees
-    nothing.
-    """
-
-    max_model_len: int | None = None
-    gpu_memory_utilization: float = 0.9
-    kv_cache_bytes: int | None = None
-    tensor_parallel_size: int = 1
-    enforce_eager: bool = False
-    block_size: int | None = None
-    max_num_batched_tokens: int | None = None
-    enable_prefix_caching: bool = True
-    enable_lora: bool = False
-    max_lora_rank: int = 16
-    enable_sleep: bool = False
-    media_cache_gb: float = 4.0
-    weight_transfer: str = "files"
 
 
 class VLLMEngine:
@@ -85,10 +56,11 @@ class VLLMEngine:
         dtype: Literal["float32", "bfloat16"] = "float32",
         max_batch_size: int = 64,
         version: int = 0,
-        options: VLLMOptions = VLLMOptions(),
+        options: VLLMOptions | None = None,
     ) -> None:
         vllm_cpu.install()
-        self.processor, self.media, self.options = processor, media, options
+        self.processor, self.media = processor, media
+        self.options = options or VLLMOptions()
         self.version = version
         protocol, tokens = protocol_and_tokens(read_config(folder))
         stops = stop_ids(GenerationConfig.from_pretrained(folder), processor.tokenizer)
@@ -108,7 +80,7 @@ class VLLMEngine:
         self._llm: Any = None
         try:
             self._call(self._start(str(folder), dtype, max_batch_size))
-            if options.enable_sleep:
+            if self.options.enable_sleep:
                 self.sleep()
         except BaseException as error:
             self.close()

@@ -12,6 +12,7 @@ from ray.exceptions import RayTaskError
 
 from rl.interfaces import Engine, Media, WeightUpdate
 from rl.trajectory import MediaKey, RolloutRequest, TrajectoryGroup
+from rollouts.vllm_options import VLLMOptions
 
 if TYPE_CHECKING:
     from rl.data.media import MediaProcessor
@@ -24,7 +25,7 @@ class EngineSpec:
     """How to build an engine. `policy` is a folder that every worker can read.
 
     `threads` are torch's threads in one worker: a tiny model decodes fastest with one. `options`
-    are keyword arguments of `rollouts.vllm_engine.VLLMOptions`, for vLLM alone.
+    are for vLLM alone.
     """
 
     policy: str
@@ -35,7 +36,7 @@ class EngineSpec:
     default_frames: int = 8
     system_prompt: str | None = None
     threads: int = 1
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: VLLMOptions = field(default_factory=VLLMOptions)
 
 
 class RefMedia:
@@ -105,7 +106,7 @@ class RolloutWorker:
 def build_engine(spec: EngineSpec, processor: MediaProcessor, media: RefMedia) -> Engine:
     """The engine of `spec`. Raises `RolloutError` if it cannot start."""
     if spec.engine == "vllm":
-        from rollouts.vllm_engine import VLLMEngine, VLLMOptions
+        from rollouts.vllm_engine import VLLMEngine
 
         return VLLMEngine(
             spec.policy,
@@ -113,7 +114,7 @@ def build_engine(spec: EngineSpec, processor: MediaProcessor, media: RefMedia) -
             media,
             dtype=spec.dtype,
             max_batch_size=spec.max_batch_size,
-            options=VLLMOptions(**spec.options),
+            options=spec.options,
         )
     import torch
 

@@ -154,6 +154,14 @@ def test_noise_zero_with_latent_weight(
     assert "noise_scale is 0" in output and "Set policy.noise_scale above 0" in output
 
 
+def test_what_vllm_would_refuse_later(
+    recipe: Callable[..., Path], refused: Callable[..., str]
+) -> None:
+    pytest.importorskip("vllm")
+    settings = {"rollouts.engine": "vllm", "rollouts.vllm.weight_transfer": "nccl"}
+    assert "weight_transfer is nccl, which needs other GPUs" in refused(recipe(settings))
+
+
 def test_a_single_token_to_choose_from(
     recipe: Callable[..., Path], refused: Callable[..., str]
 ) -> None:

@@ -11,7 +11,6 @@ from recipes.engines import choose_engine, vllm_options
 from recipes.schema import RolloutsSection
 from rl.errors import RecipeError
 from rollouts import vllm_cpu
-from rollouts.vllm_engine import VLLMOptions
 from tests.tiny import save_tiny_checkpoint
 
 
@@ -70,11 +69,11 @@ def test_options_reach_vllm() -> None:
     settings = RolloutsSection.model_validate(
         {"vllm": {"kv_cache_gb": 0.5, "max_model_len": 4096, "enforce_eager": True}}
     )
-    options = VLLMOptions(**vllm_options(settings, 0.5))
+    options = vllm_options(settings, 0.5)
     assert options.kv_cache_bytes == 2**29 and options.max_model_len == 4096
     assert options.enforce_eager
     assert options.gpu_memory_utilization == pytest.approx(0.2)  # the trainer and another beside it
-    alone = VLLMOptions(**vllm_options(RolloutsSection(), 1.0, trainer=False))
+    alone = vllm_options(RolloutsSection(), 1.0, trainer=False)
     assert alone.gpu_memory_utilization == pytest.approx(0.9) and alone.kv_cache_bytes is None
 
 
@@ -86,7 +85,7 @@ def test_nccl_needs_gpus_of_its_own() -> None:
         with pytest.raises(RecipeError, match=r"weight_transfer is nccl.*rollouts\.ray\.address"):
             vllm_options(settings, 1.0)
     settings = RolloutsSection.model_validate({**there, "vllm": {"weight_transfer": "nccl"}})
-    options = VLLMOptions(**vllm_options(settings, 1.0))
+    options = vllm_options(settings, 1.0)
     assert options.weight_transfer == "nccl"
     assert options.gpu_memory_utilization == pytest.approx(0.9)
 
@@ -95,4 +94,4 @@ def test_a_worker_spread_over_gpus_must_have_them() -> None:
     settings = RolloutsSection.model_validate({"vllm": {"tensor_parallel_size": 2}})
     with pytest.raises(RecipeError, match=r"tensor_parallel_size is 2.*1 GPUs.*gpus_per_worker"):
         vllm_options(settings, 1.0)
-    assert vllm_options(settings, 2.0)["tensor_parallel_size"] == 2
+    assert vllm_options(settings, 2.0).tensor_parallel_size == 2

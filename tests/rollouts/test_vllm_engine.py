@@ -294,8 +294,7 @@ def test_a_worker_of_the_pool_samples_with_vllm(samples, tmp_path):
     policy, processor = thinking_policy(tmp_path / "p")
     policy.save_pretrained(tmp_path / "policy")
     processor.save_pretrained(tmp_path / "policy")
-    options = dataclasses.asdict(OPTIONS)
-    spec = EngineSpec(str(tmp_path / "policy"), engine="vllm", options=options)
+    spec = EngineSpec(str(tmp_path / "policy"), engine="vllm", options=OPTIONS)
     requests = requests_for(samples, 2, Sampling(1.0, 12, "always"))
     with RolloutPool(spec, MediaProcessor(processor), 1, cpus_per_worker=0) as pool:
         expected = engine_for(policy, processor).generate(requests)

@@ -27,7 +27,7 @@ def test_two_engines_take_weights_from_one_sender(tmp_path, monkeypatch):
     policy.save_pretrained(tmp_path / "policy")
     processor.save_pretrained(tmp_path / "policy")
     options = dataclasses.replace(OPTIONS, weight_transfer=store_transfer.NAME, enable_sleep=True)
-    spec = EngineSpec(str(tmp_path / "policy"), engine="vllm", options=dataclasses.asdict(options))
+    spec = EngineSpec(str(tmp_path / "policy"), engine="vllm", options=options)
     requests = requests_for(square_samples(tmp_path / "clips"), 2, Sampling(1.0, 12, "always"))
     other, _ = thinking_policy(tmp_path / "q", boldness=0.4)
     with RolloutPool(spec, MediaProcessor(processor), 2, cpus_per_worker=0, timeout=90) as pool:

@@ -10,7 +10,8 @@ from typing import Any
 
 from rl.data.media import LocalMedia, MediaProcessor
 from rl.weights import weight_update
-from rollouts.vllm_engine import VLLMEngine, VLLMOptions
+from rollouts.vllm_engine import VLLMEngine
+from rollouts.vllm_options import VLLMOptions
 
 OPTIONS = VLLMOptions(max_model_len=256, kv_cache_bytes=32 << 20, block_size=32)
 
