@@ -1,9 +1,10 @@
-"""What both engines do before and after sampling: check prompts and weight updates, and make
-trajectories.
+"""What both engines do before and after sampling: check prompts and weight updates, make
+trajectories and count them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,29 @@ class Assembler:
                 ids[:-1] if stopped else ids, skip_special_tokens=False
             ),
         )
+
+
+class Meter:
+    """What an engine has sampled since its start, and how fast."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter(trajectories=0, tokens=0, latents=0)
+        self._busy = 0.0  # seconds
+
+    def add(self, trajectories: Sequence[Trajectory], seconds: float) -> None:
+        """Count trajectories that took so long together."""
+        self._counts["trajectories"] += len(trajectories)
+        self._counts["tokens"] += sum(len(t.completion_ids) for t in trajectories)
+        self._counts["latents"] += sum(len(t.latents) for t in trajectories)
+        self._busy += seconds
+
+    def read(self) -> dict[str, float]:
+        """Totals, and tokens and latents per second of busy time."""
+        rates = {
+            f"{name}_per_second": self._counts[name] / max(self._busy, 1e-9)
+            for name in ("tokens", "latents")
+        }
+        return {**self._counts, **rates}
 
 
 def stop_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:

@@ -9,7 +9,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -175,12 +174,7 @@ class RolloutPool:
     def __enter__(self) -> RolloutPool:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _give_memory(self) -> None:

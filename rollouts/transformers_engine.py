@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +25,7 @@ from rl.policy.sampling import draw_next
 from rl.policy.scores import full_logits
 from rl.scoring import media_types
 from rl.trajectory import RolloutRequest, Sampling, Trajectory, TrajectoryGroup
-from rollouts.assemble import Assembler, Sampled, check_update, clip_of, stop_ids
+from rollouts.assemble import Assembler, Meter, Sampled, check_update, clip_of, stop_ids
 
 
 @dataclass
@@ -73,8 +72,7 @@ class TransformersEngine:
         self._stops = stop_ids(policy.generation_config, tokenizer)
         pad = tokenizer.pad_token_id
         self._pad = pad if pad is not None else min(self._stops)
-        self._counts: Counter[str] = Counter()
-        self._busy = 0.0
+        self._meter = Meter()
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[TrajectoryGroup]:
         """Sample every request; groups come back in the order of the requests."""
@@ -86,7 +84,8 @@ class TransformersEngine:
             sampled = self._generate_batch(parts, clips)
             for (i, _), trajectories in zip(batch, sampled, strict=True):
                 members[i] += trajectories
-        self._busy += time.perf_counter() - started
+        done = [t for group in members for t in group]
+        self._meter.add(done, time.perf_counter() - started)
         return [
             TrajectoryGroup(request.sample, tuple(group))
             for request, group in zip(requests, members, strict=True)
@@ -103,16 +102,7 @@ class TransformersEngine:
 
     def health(self) -> dict[str, Any]:
         """Version, totals since the start, and tokens and latents per second of busy time."""
-        seconds = max(self._busy, 1e-9)
-        return {
-            "engine": "transformers",
-            "version": self.version,
-            "trajectories": self._counts["trajectories"],
-            "tokens": self._counts["tokens"],
-            "latents": self._counts["latents"],
-            "tokens_per_second": self._counts["tokens"] / seconds,
-            "latents_per_second": self._counts["latents"] / seconds,
-        }
+        return {"engine": "transformers", "version": self.version, **self._meter.read()}
 
     @torch.no_grad()
     def _generate_batch(
@@ -288,9 +278,6 @@ class TransformersEngine:
             members[row.request].append(
                 self._assembler.trajectory(request, row.seed, prompt, drawn, self.version)
             )
-            self._counts["trajectories"] += 1
-            self._counts["tokens"] += len(row.ids)
-            self._counts["latents"] += len(row.latents)
         return members
 
     @property

@@ -13,12 +13,10 @@ import json
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from transformers import GenerationConfig
@@ -29,12 +27,13 @@ from rl.interfaces import MediaSource, WeightUpdate
 from rl.policy.model import protocol_and_tokens, read_config
 from rl.trajectory import RolloutRequest, Trajectory, TrajectoryGroup
 from rollouts import vllm_cpu
-from rollouts.assemble import Assembler, check_update, stop_ids
+from rollouts.assemble import Assembler, Meter, check_update, stop_ids
 from rollouts.vllm_options import VLLMOptions
 from rollouts.vllm_weights import WeightFiles, parameter_shapes
 
 T = TypeVar("T")
 
+_DIED = "vLLM's process died; look for the cause in its log"
 _LOOK = 1.0  # seconds between two looks at whether vLLM lives
 _CPU_CACHE = 1 << 28  # bytes of KV cache on a CPU, where vLLM would take most of the memory
 
@@ -68,8 +67,7 @@ class VLLMEngine:
         self._shapes, tied = parameter_shapes(folder)
         self._files = WeightFiles(self._shapes, tied)
         self._room = 2 * max_batch_size  # requests that vLLM knows of: running and next
-        self._counts: Counter[str] = Counter()
-        self._busy = 0.0
+        self._meter, self._retries = Meter(), 0
         self._adapter: Any = None
         self._trouble: str | None = None
         self._asleep = False
@@ -168,14 +166,11 @@ class VLLMEngine:
                 self._trouble = str(error) if self._llm.errored else None
                 raise
             finally:
-                self._counts["retries"] += batch.retries
-                self._busy += time.perf_counter() - started
+                self._retries += batch.retries
+            done = [t for group in found for t in group if isinstance(t, Trajectory)]
+            self._meter.add(done, time.perf_counter() - started)
             if self.options.enable_sleep:
                 self._sleep()  # what was sampled is returned whether it falls asleep or not
-        done = [t for group in found for t in group if isinstance(t, Trajectory)]
-        self._counts["trajectories"] += len(done)
-        self._counts["tokens"] += sum(len(t.completion_ids) for t in done)
-        self._counts["latents"] += sum(len(t.latents) for t in done)
         return found
 
     def update_weights(self, update: WeightUpdate) -> int:
@@ -250,16 +245,11 @@ class VLLMEngine:
         vLLM counts: preemptions, tokens looked up and found in the prefix cache, the share of the
         KV cache in use.
         """
-        seconds = max(self._busy, 1e-9)
         return {
             "engine": "vllm",
             "version": self.version,
-            "trajectories": self._counts["trajectories"],
-            "tokens": self._counts["tokens"],
-            "latents": self._counts["latents"],
-            "tokens_per_second": self._counts["tokens"] / seconds,
-            "latents_per_second": self._counts["latents"] / seconds,
-            "retries": self._counts["retries"],
+            "retries": self._retries,
+            **self._meter.read(),
             **self._metrics.read(),
         }
 
@@ -280,12 +270,7 @@ class VLLMEngine:
     def __enter__(self) -> VLLMEngine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @contextmanager
@@ -352,13 +337,13 @@ class VLLMEngine:
                 # vLLM does not answer calls that were on their way when its process died.
                 died += self._llm is not None and self._llm.errored
                 if died > 1:
-                    raise RolloutError("vLLM's process died; look for the cause in its log")
+                    raise RolloutError(_DIED)
         except BaseException as error:
             future.cancel()
             known = not isinstance(error, Exception) or isinstance(error, ForesightError)
             if known or self._llm is None or not self._llm.errored:
                 raise
-            raise RolloutError("vLLM's process died; look for the cause in its log") from error
+            raise RolloutError(_DIED) from error
 
 
 async def _end_tasks() -> None:
