@@ -20,11 +20,20 @@ ENGINES = ("transformers", "vllm")
 
 
 @pytest.fixture(params=ENGINES)
-def build(request):
+def engine_name(request):
+    return request.param
+
+
+@pytest.fixture
+def build(engine_name, request):
     """Makes an engine of a policy and a processor."""
-    if request.param == "transformers":
-        return engine_for
-    return request.getfixturevalue("vllm_engines")
+    return engine_for if engine_name == "transformers" else request.getfixturevalue("vllm_engines")
+
+
+@pytest.fixture
+def rounding(engine_name):
+    """How far an engine may be from itself: vLLM's batches depend on when requests come."""
+    return {"transformers": 0.0, "vllm": 1e-5}[engine_name]
 
 
 @pytest.fixture
@@ -96,11 +105,11 @@ def test_a_large_group_is_cut(build, samples, tmp_path):
         assert_same(ours, theirs)
 
 
-def test_seeds_decide(build, samples, tmp_path):
+def test_seeds_decide(build, rounding, samples, tmp_path):
     engine = build(*thinking_policy(tmp_path / "p"))
     first, again = (flat(engine.generate(requests_for(samples, 3))) for _ in range(2))
     for ours, theirs in zip(first, again, strict=True):
-        assert_same(ours, theirs)
+        assert_same(ours, theirs, atol=rounding)
     assert len({t.completion_ids.tobytes() for t in first}) == len(first)
 
 
@@ -128,13 +137,13 @@ def test_greedy_text_is_that_of_transformers(build, samples, tmp_path):
         assert (t.latent_logprobs == 0).all()
 
 
-def test_greedy_latents_are_their_means(build, samples, tmp_path):
+def test_greedy_latents_are_their_means(build, rounding, samples, tmp_path):
     policy, processor = thinking_policy(tmp_path / "p")
     engine = build(policy, processor)
     greedy = flat(engine.generate(requests_for(samples, 2, Sampling(0.0, 20, "always"))))
     assert all(t.imagined for t in greedy)
     for a, b in zip(greedy[::2], greedy[1::2], strict=True):  # other seeds, same trajectory
-        assert_same(a, b)
+        assert_same(a, b, atol=rounding)
     with torch.no_grad():
         batch = collate(greedy, policy, engine.media, pad_id=256).inputs
         torch.testing.assert_close(policy(**batch).means, batch["latents"], atol=1e-5, rtol=0)
@@ -240,7 +249,7 @@ def test_prompts_are_computed_once_a_group(samples, tmp_path):
     assert seen == [4]
 
 
-def test_weights_arrive_with_their_version(build, samples, tmp_path):
+def test_weights_arrive_with_their_version(build, rounding, samples, tmp_path):
     policy, processor = thinking_policy(tmp_path / "p")
     engine = build(policy, processor)
     before = flat(engine.generate(requests_for(samples, 2)))
@@ -252,7 +261,7 @@ def test_weights_arrive_with_their_version(build, samples, tmp_path):
     expected = flat(build(other, processor).generate(requests_for(samples, 2)))
     assert {t.policy_version for t in after} == {7} == {version}
     for ours, theirs in zip(after, expected, strict=True):
-        assert_same(ours, theirs)
+        assert_same(ours, theirs, atol=rounding)
     assert any(
         a.completion_ids.tolist() != b.completion_ids.tolist()
         for a, b in zip(before, after, strict=True)
