@@ -77,7 +77,10 @@ def print_vllm() -> None:
     asks = [
         Ask(tuple(7 + j * (i + 1) % 240 for j in range(40)), seed=i, most=32) for i in range(32)
     ]
-    print("\n| in vLLM, Gaussian, c = 1 | tokens | latents, sum / √H | tokens, against fp32 |")
+    print(
+        "\n| in vLLM, Gaussian, c = 1 | tokens and decisions | latents, sum / √H "
+        "| tokens, scored in fp32 |"
+    )
     print("|---|---|---|---|")
     for name, (family, dtype) in VLLM_CASES.items():
         with tempfile.TemporaryDirectory() as folder:

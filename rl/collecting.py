@@ -32,7 +32,7 @@ class CollectedGroup:
 
 @dataclass(frozen=True)
 class Collected:
-    """One group a prompt that was asked for, `tries` rounds of refills later.
+    """One group a prompt that was asked for, `refills` rounds of refills later.
 
     `reasons` counts all groups that were sampled by the verdict on them (see
     `rl.objective.Verdict`). Sampling them all took `seconds`, for so many `tokens` and among these
@@ -124,8 +124,8 @@ class GroupCollector:
                 (kept if trained else dropped).append(CollectedGroup(group, list(outcome), trained))
             missing = len(samples) - len(kept)
             if missing == 0 or refills >= self._max_refills or not filtering:
-                groups = kept + dropped[:missing]
-                return Collected(groups, refills, reasons, seconds, tokens, latents)
+                handed = kept + dropped[:missing]
+                return Collected(handed, refills, reasons, seconds, tokens, latents)
             pending, refills = self._refill(missing), refills + 1
 
     def shuffled(

@@ -245,7 +245,7 @@ class _LatentState:
         fed = (batch.input_ids[last] == self.slots.tokens.filler) & self.slots.is_open(slots)
         prefilling = batch.is_prefilling_np[:count]
         if prefilling.any():
-            decoding = self.slots._sent(torch.from_numpy(~prefilling))
+            decoding = self.slots.to_device(torch.from_numpy(~prefilling))
             fed = fed & decoding
             self._feed_prefill(embeds, batch, prefilling)
         embeds[last] = torch.where(fed[:, None], self.slots.last_latents(slots), embeds[last])
@@ -263,7 +263,7 @@ class _LatentState:
             slots.append(np.full(int(here.sum()), batch.idx_mapping_np[i]))
         if rows:
             row, slot, ordinal = (
-                self.slots._sent(torch.from_numpy(np.concatenate(x).astype(np.int64)))
+                self.slots.to_device(torch.from_numpy(np.concatenate(x).astype(np.int64)))
                 for x in (rows, slots, ordinals)
             )
             embeds[row] = self.slots.latents[slot, ordinal]

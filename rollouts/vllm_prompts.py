@@ -50,7 +50,8 @@ def engine_prompt(
     items: dict[str, list[MultiModalKwargsItem]] = {}
     hashes: dict[str, list[str]] = {}
     places: dict[str, list[PlaceholderRange]] = {}
-    found = _places(sample_id, prompt, media, tokenizer, set(embedded))
+    pads = frozenset(embedded)
+    found = _places(sample_id, prompt, media, tokenizer, pads)
     for one, place in zip(media, found, strict=True):
         kind = "video" if "video_grid_thw" in one.inputs else "image"
         patches = int(one.inputs[f"{kind}_grid_thw"].prod()) // merge_size**2
@@ -63,7 +64,7 @@ def engine_prompt(
         items.setdefault(kind, []).append(_item(kind, one, dtype))
         hashes.setdefault(kind, []).append(media_hash(one.key))
         places.setdefault(kind, []).append(place)
-    stray = sum(i in set(embedded) for i in prompt) - sum(p.get_num_embeds() for p in found)
+    stray = sum(i in pads for i in prompt) - sum(p.get_num_embeds() for p in found)
     if stray:
         raise DataError(
             f"sample {sample_id!r}: {stray} media tokens of the prompt belong to no clip; remove "
@@ -78,7 +79,7 @@ def media_hash(key: MediaKey) -> str:
 
 
 def _places(
-    sample_id: str, prompt: list[int], media: Sequence[Media], tokenizer: Any, embedded: set[int]
+    sample_id: str, prompt: list[int], media: Sequence[Media], tokenizer: Any, pads: frozenset[int]
 ) -> list[PlaceholderRange]:
     """Where each clip's own text stands.
 
@@ -95,7 +96,7 @@ def _places(
                 f"{one.key.path}; make clips and prompts with the same processor"
             )
         cursor = start + len(text)
-        mask = torch.tensor([i in embedded for i in text])
+        mask = torch.tensor([i in pads for i in text])
         found.append(PlaceholderRange(start, len(text), None if bool(mask.all()) else mask))
     return found
 

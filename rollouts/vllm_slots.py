@@ -144,24 +144,25 @@ class LatentSlots:
         if count:
             if latents is None or len(latents) < count:
                 raise RuntimeError(f"a completion with {count} latents came without them")
-            self.latents[slot, :count] = self._sent(latents[:count].to(self.latents.dtype))
+            self.latents[slot, :count] = self.to_device(latents[:count].to(self.latents.dtype))
         if kept is not None:
-            self._densities[slot, :count] = self._sent(kept.latent_logprobs[:count])
+            self._densities[slot, :count] = self.to_device(kept.latent_logprobs[:count])
             length = min(len(completion), len(kept.logprobs))
-            self._logprobs[slot, :length] = self._sent(kept.logprobs[:length])
-            self._kept[slot, :length] = self._sent(kept.truncated[:length])
+            self._logprobs[slot, :length] = self.to_device(kept.logprobs[:length])
+            self._kept[slot, :length] = self.to_device(kept.truncated[:length])
 
     def flush(self) -> None:
         """Write what `open` staged."""
         if not self._staged:
             return
-        slots = self._sent(torch.tensor(list(self._staged)))
+        slots = self.to_device(torch.tensor(list(self._staged)))
         ints, floats = zip(*self._staged.values(), strict=True)
-        self._ints[slots] = self._sent(torch.tensor(ints))
-        self._floats[slots] = self._sent(torch.tensor(floats))
+        self._ints[slots] = self.to_device(torch.tensor(ints))
+        self._floats[slots] = self.to_device(torch.tensor(floats))
         self._staged.clear()
 
-    def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the device, for which nothing waits."""
         if self.device.type != "cuda":
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)

@@ -174,9 +174,7 @@ def score_slots(
             chosen = chosen.index_copy(0, cut, fewer)
             text_entropy = text_entropy.index_copy(0, cut, entropy)
         logprob = torch.where(is_text, chosen, decision)
-        decision_entropy = -(
-            end.exp() * end + more.exp() * more.clamp_min(torch.finfo(more.dtype).min)
-        )
+        decision_entropy = _entropy(torch.stack([end, more], -1))
         # Entropies are watched, not trained on; keeping them out of the graph halves what a chunk
         # remembers.
         return logprob, torch.where(is_text, text_entropy, decision_entropy).detach()
