@@ -410,6 +410,11 @@ class LADAPOSection(TrainSection):
         default=True,
         description="Drop groups by filter_low and filter_high; false: all are trained on.",
     )
+    max_tokens_per_microbatch: Count | None = Field(
+        default=None,
+        description="Most tokens in one forward pass, a group's prompt counted once; takes the "
+        "place of micro_batch. null: passes of micro_batch rows.",
+    )
     max_mismatch: Positive | None = Field(
         default=None,
         description="Stop when replay differs from the sampler by more (log-prob); null: go on.",
@@ -426,6 +431,17 @@ class LADAPOSection(TrainSection):
     @property
     def rows_per_step(self) -> int:
         return self.prompts_per_step * self.group_size
+
+    @property
+    def rows_per_pass(self) -> int:
+        """As elsewhere, but whole groups where `micro_batch` takes one: a group's rows share their
+        prompt. All rows of a step where a budget of tokens cuts them into passes.
+        """
+        if self.max_tokens_per_microbatch is not None:
+            return self.rows_per_step
+        groups = min(self.micro_batch // self.group_size, self.prompts_per_step)
+        whole = (n for n in range(groups, 0, -1) if self.prompts_per_step % n == 0)
+        return next((n * self.group_size for n in whole), super().rows_per_pass)
 
 
 class ImagineShare(Section):

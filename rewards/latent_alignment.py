@@ -155,7 +155,7 @@ def _load_tower(path: str) -> tuple[Any, Any]:
     from rl.data.media import MediaProcessor
     from rl.export import is_policy
     from rl.policy.model import load_policy, make_policy
-    from rl.sft.trainer import vision_tower
+    from rl.policy.vision import vision_tower
 
     try:
         processor = AutoProcessor.from_pretrained(path)

@@ -24,6 +24,7 @@ import torch
 from accelerate.utils import gather, is_peft_model
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from torch.nn.functional import pad
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -33,10 +34,11 @@ from rl.errors import ObjectiveError, PolicyError, SyncError
 from rl.interfaces import GroupScores, Rollouts, Scorer
 from rl.la_dapo_config import LADAPOConfig
 from rl.latent_term import MEANS, latent_term
+from rl.microbatches import Passes, deal_groups, take_rows
 from rl.policy.model import LatentPolicy
 from rl.policy.protocol import Slot
 from rl.reward_table import reward_table
-from rl.scoring import Replay, collate, replay, replay_gaps
+from rl.scoring import Replay, replay_gaps
 from rl.trajectory import Sample, Sampling, Trajectory
 from rl.weights import weight_update
 
@@ -51,6 +53,8 @@ TRL_MEMBERS: dict[str, tuple[str, ...]] = {
         "pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes", "token_type_ids",
         "mm_token_type_ids", "image_position_ids",
     ),
+    "_prepare_inputs": ("self", "generation_batch"),
+    "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
     "_compute_loss": ("self", "model", "inputs"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
     "_log_metric": ("self", "name", "value"),
@@ -97,8 +101,8 @@ class LADAPOTrainer(GRPOTrainer):
         self.samples = {s.id: s for s in (*samples, *(eval_samples or ()))}
         self._handed: list[CollectedGroup] = []
         self._rewards: torch.Tensor | None = None
-        self._replaying: list[Trajectory] | None = None
-        self._replays: list[Replay] = []
+        self._replaying: dict[str, Any] | None = None  # the inputs of the loss
+        self._replayed: Replay | None = None
         self._synced_step: int | None = None
         # By mode: the step of the last rollout, and its number in that step.
         self._last_sampled: dict[str, tuple[int, int]] = {}
@@ -128,11 +132,19 @@ class LADAPOTrainer(GRPOTrainer):
             **kwargs,
         )
         args.beta = self.beta = beta
+        self._check_batches()
         self.reward_func_names = list(scorer.names)
         inner: Any = self.accelerator.unwrap_model(self.model)
         # The policy inside whatever wraps it. Looked up once: telling a PEFT model takes
         # milliseconds.
         self.policy: LatentPolicy = inner.get_base_model() if is_peft_model(inner) else inner
+        self.passes = Passes(
+            self.policy,
+            rollouts.media,
+            self.accelerator,
+            budget=args.max_tokens_per_microbatch,
+            rows=args.per_device_train_batch_size,
+        )
         self.collector = GroupCollector(
             rollouts,
             scorer,
@@ -146,6 +158,20 @@ class LADAPOTrainer(GRPOTrainer):
         )
         self.ref_model = self._prepare_reference(reference)
 
+    def _check_batches(self) -> None:
+        rows = self.args.per_device_train_batch_size * int(self.args.steps_per_generation or 1)
+        if rows % self.num_generations:
+            raise ObjectiveError(
+                f"a process samples {rows} rows at a time (per_device_train_batch_size x "
+                f"steps_per_generation), which are no whole groups of {self.num_generations} "
+                "(num_generations); change one of the three"
+            )
+        if self.is_deepspeed_enabled and self.args.max_tokens_per_microbatch is not None:
+            raise ObjectiveError(
+                "max_tokens_per_microbatch does not work with DeepSpeed, whose engine counts the "
+                "backward passes itself; leave it out and choose per_device_train_batch_size"
+            )
+
     # -- the reference policy and the workers' weights ---------------------------------------------
 
     def _prepare_reference(self, reference: Any) -> Any:
@@ -157,10 +183,6 @@ class LADAPOTrainer(GRPOTrainer):
         if self.is_fsdp_enabled:
             return prepare_fsdp(reference, self.accelerator)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
-
-    @property
-    def _pad_id(self) -> int:
-        return int(self._tokenizer.pad_token_id)  # type: ignore[arg-type]
 
     def sync_weights(self) -> None:
         """Bring the workers to the current weights, if they are not there yet."""
@@ -180,6 +202,18 @@ class LADAPOTrainer(GRPOTrainer):
                 )
         self.accelerator.wait_for_everyone()
         self._synced_step = self.state.global_step
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """As TRL's, which samples once for several steps and deals the rows out at random, but
+        whole groups at a time: rows of one group share the computation of their prompt.
+        """
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        steps = int(self.args.steps_per_generation or 1)
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = deal_groups(batch, self.num_generations, steps)
+        return self._buffered_inputs[self._step % steps]
 
     # -- rollouts: sample, score, filter, refill ------------------------------------------------
 
@@ -283,42 +317,29 @@ class LADAPOTrainer(GRPOTrainer):
                 None,
                 None,
             )
-        self._replays = self._replay(model, self._replaying, batch_size or len(self._replaying))
-        logps = _pad_to(logits_to_keep, [r.logprobs for r in self._replays])
-        entropies = (
-            _pad_to(logits_to_keep, [r.entropies for r in self._replays])
-            if compute_entropy
-            else None
-        )
-        return logps, entropies, None
+        # Rows of other passes keep the sampler's log-probs: their ratio is 1, and they are masked.
+        logps = self._replaying["old_per_token_logps"].clone()
+        entropies = torch.zeros_like(logps)
+        rows = self._replaying.get("rows") or list(range(len(logps)))
+        trajectories = self._replaying["trajectories"]
+        self._replayed = found = self.passes.replay(model, [trajectories[row] for row in rows])
+        wider = (0, logits_to_keep - found.logprobs.size(1))
+        logps[rows], entropies[rows] = pad(found.logprobs, wider), pad(found.entropies, wider)
+        return logps, entropies if compute_entropy else None, None
 
-    def _replay(
-        self, model: Any, trajectories: Sequence[Trajectory], batch_size: int
-    ) -> list[Replay]:
-        replays = []
-        for start in range(0, len(trajectories), batch_size):
-            batch = collate(
-                trajectories[start : start + batch_size],
-                self.policy,
-                self.rollouts.media,
-                pad_id=self._pad_id,
-            ).to(self.accelerator.device)
-            with self.accelerator.autocast():
-                replays.append(replay(model, batch, self.policy))
-        return replays
-
-    @torch.no_grad()
     def _score_reference(
         self, trajectories: Sequence[Trajectory], out: dict[str, Any]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The reference policy's log-probs [B, C], and its latent means, one tensor [L_i, H] a
         trajectory.
         """
+        logps = torch.zeros(out["completion_ids"].shape, device=self.accelerator.device)
+        means = [torch.empty(0)] * len(trajectories)
         with self._reference_policy() as model:
-            replays = self._replay(model, trajectories, self.args.per_device_train_batch_size)
-        logps = _pad_to(out["completion_ids"].size(1), [r.logprobs for r in replays])
-        means = torch.cat([r.means for r in replays])
-        return logps, list(means.split([len(t.latents) for t in trajectories]))
+            for row, logprobs, of_latents in self.passes.score(model, trajectories):
+                logps[row, : len(logprobs)] = logprobs
+                means[row] = of_latents
+        return logps, means
 
     @contextmanager
     def _reference_policy(self) -> Any:
@@ -331,15 +352,60 @@ class LADAPOTrainer(GRPOTrainer):
 
     # -- the loss ----------------------------------------------------------------------------------
 
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor:
+        """The loss of one micro-batch of TRL's. Under a token budget it is computed in passes: the
+        gradients of all but the last are added here already, and only the last one's graph is left
+        to the caller.
+
+        A pass has all rows, so that processes can put their metrics together, and all but its own
+        are masked.
+        """
+        if self.args.max_tokens_per_microbatch is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        plan = self.passes.plan(inputs["trajectories"])
+        parts = [{**inputs, **self._part(inputs, rows, len(plan))} for rows in plan]
+        before = torch.zeros((), device=self.accelerator.device)
+        for part in parts[:-1]:
+            with self.accelerator.no_sync(model):
+                loss = super().compute_loss(model, part, return_outputs, num_items_in_batch)
+                if torch.is_grad_enabled():
+                    self.accelerator.backward(loss)
+            before += loss.detach()
+        return before + super().compute_loss(model, parts[-1], return_outputs, num_items_in_batch)
+
+    def _part(self, inputs: dict[str, Any], rows: list[int], passes: int) -> dict[str, Any]:
+        """What differs between a micro-batch and the pass of these of its rows."""
+        mask = torch.zeros_like(inputs["completion_mask"])
+        mask[rows] = inputs["completion_mask"][rows]
+        part = {"rows": rows, "passes": passes, "completion_mask": mask}
+        if self.loss_type == "bnpo":  # the one loss that divides by the tokens it is given
+            tokens, of_all = (
+                (m * inputs["tool_mask"]).sum() for m in (mask, inputs["completion_mask"])
+            )
+            part["share"] = float(tokens / of_all.clamp(min=1))
+        return part
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        self._replaying = inputs["trajectories"]
+        self._replaying = inputs
         try:
-            loss = super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, inputs) * inputs.get("share", 1.0)
         finally:
             self._replaying = None
-        (replayed,), self._replays = self._replays, []
-        self._check_mismatch(replayed, inputs)
-        return loss + self._latent_loss(replayed, inputs)
+        assert self._replayed is not None
+        replayed, self._replayed = self._replayed, None
+        own = take_rows(inputs, inputs["rows"]) if "rows" in inputs else inputs
+        self._check_mismatch(replayed, own)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        alone = sum(len(t.prompt_ids) + len(t.completion_ids) for t in own["trajectories"])
+        metrics["passes/tokens"].append(replayed.tokens)
+        metrics["passes/shared"].append(1.0 - replayed.tokens / alone)
+        return loss + self._latent_loss(replayed, own)
 
     def _latent_loss(self, replayed: Replay, inputs: dict[str, Any]) -> torch.Tensor:
         """α·L_latent + β_z·KL_latent, normalised by the latents of the whole batch as TRL does it
@@ -347,9 +413,11 @@ class LADAPOTrainer(GRPOTrainer):
         """
         mode = "train" if self.model.training else "eval"
         normalizer = inputs["num_latents_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        parts = inputs.get("passes", 1)  # of an update's latents
         if mode == "train":
             steps: Any = self.args.steps_per_generation
             normalizer = normalizer * self.current_gradient_accumulation_steps / steps
+            parts *= self.current_gradient_accumulation_steps
         term = latent_term(
             replayed,
             inputs["trajectories"],
@@ -362,9 +430,10 @@ class LADAPOTrainer(GRPOTrainer):
             inputs.get("reference_means"),
         )
         loss, *sums, count = _gather(term.totals[None]).sum(0).tolist()
+        metrics = self._metrics[mode]
+        if inputs["num_latents_in_batch"] > 0:
+            metrics["latents/loss"].append(loss * parts / self.accelerator.num_processes)
         if count:
-            metrics = self._metrics[mode]
-            metrics["latents/loss"].append(loss / self.accelerator.num_processes)
             for name, total in zip(MEANS, sums, strict=True):
                 if name != "kl" or self.args.latent_beta != 0.0:
                     metrics[f"latents/{name}"].append(total / count)
@@ -457,7 +526,3 @@ def _dataset(samples: Sequence[Sample]) -> Dataset:
 
 def _row(sample: Sample) -> dict[str, Any]:
     return {"prompt": [{"role": "user", "content": sample.question}], "sample_id": sample.id}
-
-
-def _pad_to(width: int, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([torch.nn.functional.pad(p, (0, width - p.size(1))) for p in parts])

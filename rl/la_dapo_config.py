@@ -71,6 +71,13 @@ class LADAPOConfig(GRPOConfig):
             "Whether shaping teaches where all are right or all wrong is for the scorer to say."
         },
     )
+    max_tokens_per_microbatch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cut the rows of a training step into forward passes of at most so many tokens "
+            "(a group's prompt counts once); None: one pass for per_device_train_batch_size rows."
+        },
+    )
     max_mismatch: float | None = field(
         default=None,
         metadata={
@@ -84,6 +91,11 @@ class LADAPOConfig(GRPOConfig):
             raise ObjectiveError(
                 f"need 0 <= filter_low < filter_high <= 1, got {self.filter_low} and "
                 f"{self.filter_high}"
+            )
+        if self.max_tokens_per_microbatch is not None and self.max_tokens_per_microbatch < 1:
+            raise ObjectiveError(
+                f"max_tokens_per_microbatch is {self.max_tokens_per_microbatch}; it must be at "
+                "least 1, or None"
             )
         if self.max_refills < 0:
             raise ObjectiveError(f"max_refills is {self.max_refills}; it must be >= 0")

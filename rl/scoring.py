@@ -13,46 +13,114 @@ import numpy as np
 import torch
 
 from rl.errors import TrajectoryError
-from rl.interfaces import MediaSource
+from rl.interfaces import Media, MediaSource
 from rl.policy.density import log_density
+from rl.policy.layout import PackLayout
 from rl.policy.model import LatentPolicy
+from rl.policy.protocol import Slot
 from rl.policy.scores import Scores, ScoreSlots
-from rl.trajectory import Trajectory
+from rl.trajectory import MediaKey, Trajectory
 
 
 @dataclass(frozen=True)
 class ReplayBatch:
-    """A batch of B trajectories as tensors: prompts padded on the left to P, completions on the
-    right to C.
+    """B trajectories as one row of T tokens: `[prompt | completion 1 | … | completion G]` for each
+    prompt among them.
     """
 
-    inputs: dict[str, Any]  # what the model's forward takes, `latents` and `slots` included
-    prompt_length: int  # P
-    latent_counts: tuple[int, ...]  # latents of each row
+    inputs: dict[str, Any]  # what the policy's forward takes
+    places: torch.Tensor  # int64 [N]: where each scored slot stands among B completions of length C
+    latents: torch.Tensor  # [L, H], of the trajectories in order; in `inputs` they are in the row's
+    latent_counts: tuple[int, ...]  # of each trajectory
+    width: int  # C, of the longest completion
+
+    @property
+    def tokens(self) -> int:
+        """T, what the model computes."""
+        return self.inputs["input_ids"].shape[1]
 
     def to(self, device: torch.device | str) -> ReplayBatch:
-        moved = {name: value.to(device) for name, value in self.inputs.items()}
-        return dataclasses.replace(self, inputs=moved)
+        """The batch on another device; its layout stays Python numbers."""
+        moved = {
+            name: value.to(device) if hasattr(value, "to") else value
+            for name, value in self.inputs.items()
+        }
+        return dataclasses.replace(
+            self, inputs=moved, places=self.places.to(device), latents=self.latents.to(device)
+        )
+
+
+def prompt_key(trajectory: Trajectory) -> tuple[Any, ...]:
+    """What two trajectories have in common if their prompts are computed once."""
+    return trajectory.media, trajectory.prompt_ids.tobytes()
 
 
 def collate(
-    trajectories: Sequence[Trajectory],
-    policy: LatentPolicy,
-    media: MediaSource,
-    *,
-    pad_id: int,
+    trajectories: Sequence[Trajectory], policy: LatentPolicy, media: MediaSource
 ) -> ReplayBatch:
     """Lay trajectories out for one forward pass of `policy`, their clips fetched from `media` by
     key.
+
+    Trajectories with the same prompt and clips, wherever they stand, share one copy of them, and a
+    clip is there once however many prompts show it. Raises `TrajectoryError` for one that was
+    sampled under another protocol.
     """
-    p = max(len(t.prompt_ids) for t in trajectories)
-    c = max(len(t.completion_ids) for t in trajectories)
-    shape = (len(trajectories), p + c)
-    ids = np.full(shape, pad_id, dtype=np.int64)
-    mask = np.zeros(shape, dtype=np.int64)
-    slots = np.zeros(shape, dtype=np.int8)
-    may_start = np.zeros(shape, dtype=bool)
-    kept = np.zeros(shape, dtype=np.int32)
+    members: dict[tuple[Any, ...], list[int]] = {}
+    for row, t in enumerate(trajectories):
+        members.setdefault(prompt_key(t), []).append(row)
+    layout = PackLayout.of(
+        (
+            len(trajectories[rows[0]].prompt_ids),
+            [len(trajectories[row].completion_ids) for row in rows],
+        )
+        for rows in members.values()
+    )
+    starts: dict[int, int] = {}  # where each completion begins, and the last token of its prompt
+    ends: dict[int, int] = {}
+    clips: dict[MediaKey, Media] = {}
+    ids, positions, shown = [], [], []
+    for group, rows in zip(layout.groups, members.values(), strict=True):
+        first, place = trajectories[rows[0]], group.answers
+        shown.extend(first.media)
+        clips.update((key, media.get(key)) for key in first.media if key not in clips)
+        prompt, behind = _prompt_positions(first, [clips[k] for k in first.media], policy)
+        ids.append(first.prompt_ids)
+        positions.append(prompt)
+        for row in rows:
+            completion = trajectories[row].completion_ids
+            starts[row], ends[row] = place, group.answers - 1
+            ids.append(completion)
+            positions.append((behind + torch.arange(len(completion))).expand(3, -1))
+            place += len(completion)
+    fed = [trajectories[row].latents for rows in members.values() for row in rows]
+    inputs: dict[str, Any] = {
+        "input_ids": torch.from_numpy(np.concatenate(ids))[None],
+        "position_ids": torch.cat(positions, dim=1)[:, None],
+        "layout": layout,
+        **_clip_inputs(shown, clips),
+        "latents": torch.cat(fed),
+    }
+    width = max(len(t.completion_ids) for t in trajectories)
+    inputs["slots"], places = _slots(trajectories, policy, starts, ends, width)
+    return ReplayBatch(
+        inputs,
+        places,
+        torch.cat([t.latents for t in trajectories]),
+        tuple(len(t.latents) for t in trajectories),
+        width,
+    )
+
+
+def _slots(
+    trajectories: Sequence[Trajectory],
+    policy: LatentPolicy,
+    starts: dict[int, int],
+    ends: dict[int, int],
+    width: int,
+) -> tuple[ScoreSlots, torch.Tensor]:
+    """What to score, trajectory by trajectory, and the places of the results in [B, C]."""
+    parts: dict[str, list[np.ndarray]] = {f.name: [] for f in dataclasses.fields(ScoreSlots)}
+    places = []
     for row, t in enumerate(trajectories):
         trace = policy.protocol.trace(t.completion_ids, policy.latent_tokens, t.sampling.imagine)
         if not np.array_equal(trace.slots, t.decision):
@@ -60,35 +128,57 @@ def collate(
                 f"trajectory of sample {t.sample_id!r}: its decisions are not those the policy's "
                 "protocol allows; it was sampled under another protocol"
             )
-        start, end = p - len(t.prompt_ids), p + len(t.completion_ids)
-        ids[row, start:end] = np.concatenate([t.prompt_ids, t.completion_ids])
-        mask[row, start:end] = 1
-        slots[row, p:end], may_start[row, p:end] = trace.slots, trace.may_start
-        kept[row, p:end] = t.kept
-    input_ids = torch.from_numpy(ids)
-    clips = [media.get(key).inputs for t in trajectories for key in t.media]
-    inputs: dict[str, Any] = {
-        "input_ids": input_ids,
-        "attention_mask": torch.from_numpy(mask),
-        "mm_token_type_ids": media_types(input_ids, policy.config),
-        **{name: torch.cat([clip[name] for clip in clips]) for name in (clips[0] if clips else {})},
-        "latents": torch.cat([t.latents for t in trajectories]),
-        "slots": ScoreSlots(
-            input_ids,
-            torch.from_numpy(slots),
-            torch.from_numpy(may_start),
-            # A greedy trajectory is scored at temperature 1: its own distribution is a point.
-            torch.tensor(
-                [t.sampling.temperature or 1.0 for t in trajectories], dtype=torch.float32
-            ),
-            torch.from_numpy(kept),
-        ),
-    }
-    return ReplayBatch(
-        inputs,
-        p,
-        tuple(len(t.latents) for t in trajectories),
+        before = starts[row] - 1 + np.arange(len(t.completion_ids))
+        before[0] = ends[row]
+        at = (trace.slots != Slot.FORCED).nonzero()[0]
+        # A greedy trajectory is scored at temperature 1: its own distribution is a point.
+        heat = np.full(len(at), t.sampling.temperature or 1.0, dtype=np.float32)
+        for name, values in (
+            ("rows", before[at]),
+            ("ids", t.completion_ids[at]),
+            ("kinds", trace.slots[at]),
+            ("may_start", trace.may_start[at]),
+            ("temperature", heat),
+            ("kept", t.kept[at]),
+            ("latent_rows", before[t.completion_ids == t.filler]),
+        ):
+            parts[name].append(values)
+        places.append(row * width + at)
+    joined = {name: torch.from_numpy(np.concatenate(values)) for name, values in parts.items()}
+    return ScoreSlots(**joined), torch.from_numpy(np.concatenate(places))
+
+
+def _prompt_positions(
+    trajectory: Trajectory, clips: Sequence[Media], policy: LatentPolicy
+) -> tuple[torch.Tensor, int]:
+    """Positions [3, P] of a prompt, and the one behind it."""
+    ids = torch.from_numpy(trajectory.prompt_ids)[None]
+    positions, behind = policy.position_ids(
+        {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": media_types(ids, policy.config),
+            **{
+                k: torch.cat([c.inputs[k] for c in clips])
+                for k in (clips[0].inputs if clips else {})
+            },
+        }
     )
+    return positions[:, 0], int(behind)
+
+
+def _clip_inputs(shown: Sequence[MediaKey], clips: dict[MediaKey, Media]) -> dict[str, Any]:
+    """The tensors of the distinct clips, the grid of every clip that is shown, and which of the
+    distinct ones each of these is.
+    """
+    if not shown:
+        return {}
+    order = {key: index for index, key in enumerate(clips)}
+    return {
+        "pixel_values_videos": torch.cat([c.inputs["pixel_values_videos"] for c in clips.values()]),
+        "video_grid_thw": torch.cat([clips[key].inputs["video_grid_thw"] for key in shown]),
+        "clips": tuple(order[key] for key in shown),
+    }
 
 
 def media_types(input_ids: torch.Tensor, config: Any) -> torch.Tensor:
@@ -109,6 +199,7 @@ class Replay:
     entropies: torch.Tensor  # float32 [B, C]
     means: torch.Tensor  # [L, H]
     latent_logprobs: torch.Tensor | None  # float64 [L]; None when the policy has no noise
+    tokens: int  # T, what the model computed for it
 
 
 def replay(model: Callable[..., Scores], batch: ReplayBatch, policy: LatentPolicy) -> Replay:
@@ -116,14 +207,17 @@ def replay(model: Callable[..., Scores], batch: ReplayBatch, policy: LatentPolic
     must be called.
     """
     scores = model(**batch.inputs)
-    scale, latents = policy.protocol.noise_scale, batch.inputs["latents"]
+    shape = len(batch.latent_counts), batch.width
+    blank = torch.zeros(shape, device=scores.logprobs.device).flatten()
+    scale = policy.protocol.noise_scale
     return Replay(
-        logprobs=scores.logprobs[:, batch.prompt_length :],
-        entropies=scores.entropies[:, batch.prompt_length :],
+        logprobs=blank.scatter(0, batch.places, scores.logprobs).view(shape),
+        entropies=blank.scatter(0, batch.places, scores.entropies).view(shape),
         means=scores.means,
-        latent_logprobs=log_density(latents, scores.means, scale, policy.protocol.density)
+        latent_logprobs=log_density(batch.latents, scores.means, scale, policy.protocol.density)
         if scale > 0
         else None,
+        tokens=batch.tokens,
     )
 
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rl.data.media import LocalMedia, MediaProcessor
 from rl.policy.heads import HeadConfig
 from rl.policy.model import make_policy
 from rl.policy.protocol import LatentProtocol
-from rl.trajectory import RolloutRequest, Sample, Sampling
+from rl.scoring import media_types
+from rl.trajectory import RolloutRequest, Sample, Sampling, Trajectory
 from rollouts.transformers_engine import TransformersEngine
 from tests.tiny import Family, moving_square, save_tiny_checkpoint, tiny_processor, write_clip
 
@@ -89,3 +91,19 @@ def requests_for(
         RolloutRequest(s, tuple(1000 * i + g for g in range(size)), sampling)
         for i, s in enumerate(samples)
     ]
+
+
+def plain_inputs(policy: Any, media: Any, trajectory: Trajectory, stop: int | None = None) -> Any:
+    """What transformers' own forward takes for one trajectory alone, up to position `stop`: nothing
+    is shared and positions are left to the model. `latents` are those of the whole trajectory.
+    """
+    ids = np.concatenate([trajectory.prompt_ids, trajectory.completion_ids])[:stop]
+    input_ids = torch.from_numpy(ids)[None]
+    clips = [media.get(key).inputs for key in trajectory.media]
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "mm_token_type_ids": media_types(input_ids, policy.config),
+        **{name: torch.cat([clip[name] for clip in clips]) for name in (clips[0] if clips else {})},
+        "latents": trajectory.latents,
+    }

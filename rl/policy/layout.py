@@ -8,7 +8,9 @@ sequence. Laid out like this it is computed once. What keeps the answers apart i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 
@@ -51,3 +53,24 @@ class PackLayout:
     def length(self) -> int:
         """T, the tokens of the row."""
         return self.groups[-1].stop if self.groups else 0
+
+
+_following: ContextVar[set[int] | None] = ContextVar("layers that keep to a layout", default=None)
+
+
+@contextmanager
+def followers() -> Iterator[set[int]]:
+    """Collects the numbers of the layers that keep to a layout while this lasts."""
+    layers: set[int] = set()
+    token = _following.set(layers)
+    try:
+        yield layers
+    finally:
+        _following.reset(token)
+
+
+def follow(layer: int) -> None:
+    """Called by the attention or recurrence of layer number `layer` when it keeps to a layout."""
+    layers = _following.get()
+    if layers is not None:  # None in backward, where checkpointed layers run once more
+        layers.add(layer)

@@ -9,7 +9,7 @@ them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -32,9 +32,12 @@ from transformers.conversion_mapping import (
 from transformers.utils import logging
 
 from rl.errors import PolicyError, TrajectoryError
+from rl.policy import packed_attention, packed_recurrence
 from rl.policy.heads import HeadConfig
+from rl.policy.layout import PackLayout, followers
 from rl.policy.protocol import LatentProtocol, LatentTokens
-from rl.policy.scores import Scores, ScoreSlots, score_slots
+from rl.policy.scores import CHUNK_LOGITS, Scores, ScoreSlots, score_slots
+from rl.policy.vision import show_clips_once, vision_tower
 
 if TYPE_CHECKING:
     # What every dynamically made policy class is: the mixin on a transformers model.
@@ -50,11 +53,14 @@ class LatentPolicy(_Base):
     """Mixin that gives a vision-language model latents. `policy_class` combines it with a model
     class.
 
-    `forward` takes two more arguments. `latents` [L, H] are the input embeddings at the filler
-    tokens of `input_ids`, in row-major order. `slots` asks for log-probs at given positions instead
-    of logits: then the result is a `Scores`, and full-vocabulary logits never exist for the whole
-    sequence. Both act inside `forward`, by a hook on the embedding, so that DDP, FSDP2 and PEFT
-    wrappers see an ordinary call.
+    `forward` takes four more arguments, all of which act inside it, so that DDP, FSDP2 and PEFT
+    wrappers see an ordinary call. `latents` [L, H] are the input embeddings at the filler tokens of
+    `input_ids`, in row-major order. `slots` asks for log-probs of given choices instead of logits:
+    then the result is a `Scores`, and full-vocabulary logits never exist for the whole sequence.
+    `layout` says that `input_ids` [1, T] is a row of groups: completions see the prompt of their
+    group and themselves. It needs `position_ids` and no mask. `clips` says which of the clips in
+    `pixel_values_videos` each entry of `video_grid_thw` is, so that the vision tower sees a clip
+    once however often it is shown.
     """
 
     latent_head: nn.Module
@@ -68,19 +74,22 @@ class LatentPolicy(_Base):
             config.get_text_config().hidden_size
         )
         self.latent_head.apply(self._init_weights)
+        packed_recurrence.install(self)
 
     def forward(
         self,
         *args: Any,
         latents: torch.Tensor | None = None,
         slots: ScoreSlots | None = None,
+        layout: PackLayout | None = None,
+        clips: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Any:
         if slots is None:
-            with self._feeding(latents):
+            with self._feeding(latents), self._packing(layout, clips, kwargs):
                 return super().forward(*args, **kwargs)
         hidden = self.hidden_states(
-            *args, latents=latents, use_cache=False, **kwargs
+            *args, latents=latents, layout=layout, clips=clips, use_cache=False, **kwargs
         ).last_hidden_state
         return self.score(hidden, slots)
 
@@ -93,14 +102,42 @@ class LatentPolicy(_Base):
             tokens=self.latent_tokens,
             lm_head=lm_head,
             head=self.latent_head,
+            chunk=max(1, CHUNK_LOGITS // self.config.get_text_config().vocab_size),
         )
 
-    def hidden_states(self, *args: Any, latents: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def hidden_states(
+        self,
+        *args: Any,
+        latents: torch.Tensor | None = None,
+        layout: PackLayout | None = None,
+        clips: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The backbone's output (`last_hidden_state` [B, T, H] after the final norm,
-        `past_key_values`).
+        `past_key_values`). Raises `PolicyError` for a `layout` that the model cannot follow.
         """
-        with self._feeding(latents):
+        with self._feeding(latents), self._packing(layout, clips, kwargs):
             return self.base_model(*args, **kwargs)
+
+    @contextmanager
+    def _packing(
+        self, layout: PackLayout | None, clips: Sequence[int] | None, kwargs: dict[str, Any]
+    ) -> Iterator[None]:
+        """Adds what attention and recurrence need to a call's `kwargs`, and hooks the tower."""
+        if layout is None:
+            yield
+            return
+        if kwargs.get("attention_mask") is not None or kwargs.get("position_ids") is None:
+            raise PolicyError("a row of groups is scored with `position_ids` and no mask")
+        packed_attention.install(self.config)
+        kwargs["layout"] = layout
+        with followers() as layers, show_clips_once(vision_tower(self), clips):
+            yield
+        if len(layers) < (count := self.config.get_text_config().num_hidden_layers):
+            raise PolicyError(
+                f"{type(self).__name__} told {len(layers)} of its {count} layers how the row is "
+                "laid out; completions would see each other. This model cannot be trained here"
+            )
 
     @contextmanager
     def _feeding(self, latents: torch.Tensor | None) -> Iterator[None]:

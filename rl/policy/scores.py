@@ -1,8 +1,8 @@
 """Log-probs of what was decided at given positions, from hidden states.
 
-Index algebra: the hidden state at position p-1 scores both the token at p and the latent at p.
-`h_{p-1}` gives the vocabulary at p through the LM head and the mean of the latent at p through the
-latent head.
+Index algebra: the hidden state before position p scores both the token at p and the latent at p: it
+gives the vocabulary at p through the LM head and the mean of the latent at p through the latent
+head.
 """
 
 from __future__ import annotations
@@ -13,23 +13,29 @@ from dataclasses import dataclass, fields
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from rl.policy.linear_scores import LinearScores
 from rl.policy.protocol import LatentTokens, Slot
 
-CHUNK = 2048  # positions whose logits exist at the same time
+CHUNK_LOGITS = 2**26  # logits that exist at the same time: 256 MiB of them
 
 
 @dataclass(frozen=True)
 class ScoreSlots:
-    """Which positions to score. All [B, T], aligned with `input_ids`; a value at p is about what
-    stands at p.
+    """What to score in a batch of B rows of T positions: N decisions and L latents.
+
+    `rows` says which hidden state decides, as an index into the B·T hidden states laid end to end:
+    that of the position before, or for the first position of a completion that of the prompt's last
+    token, wherever that stands.
     """
 
-    ids: torch.Tensor  # int64, the tokens
-    slots: torch.Tensor  # int8, values of `Slot`; FORCED positions are not scored
-    may_start: torch.Tensor  # bool, whether the start token was among the choices
-    temperature: torch.Tensor  # float32 [B]
-    # int32; at a TOKEN slot, how many tokens truncated sampling kept (0: all). 0 elsewhere.
+    rows: torch.Tensor  # int64 [N]
+    ids: torch.Tensor  # int64 [N], the tokens that were chosen
+    kinds: torch.Tensor  # int8 [N], TOKEN or DECISION (values of `Slot`)
+    may_start: torch.Tensor  # bool [N], whether the start token was among the choices
+    temperature: torch.Tensor  # float32 [N]
+    # int32 [N]; at a TOKEN slot, how many tokens truncated sampling kept (0: all). 0 elsewhere.
     kept: torch.Tensor
+    latent_rows: torch.Tensor  # int64 [L], which hidden state gives each latent's mean
 
     def to(self, device: torch.device | str) -> ScoreSlots:
         return ScoreSlots(*(getattr(self, f.name).to(device) for f in fields(self)))
@@ -37,11 +43,11 @@ class ScoreSlots:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `score_slots` gives: zeros wherever nothing was decided."""
+    """What `score_slots` gives, in the order of the slots."""
 
-    logprobs: torch.Tensor  # float32 [B, T]
-    entropies: torch.Tensor  # float32 [B, T]
-    means: torch.Tensor  # [L, H], of the latents in row-major order
+    logprobs: torch.Tensor  # float32 [N]
+    entropies: torch.Tensor  # float32 [N]
+    means: torch.Tensor  # [L, H]
 
 
 def full_logits(
@@ -150,27 +156,43 @@ def score_slots(
     tokens: LatentTokens,
     lm_head: Callable[[torch.Tensor], torch.Tensor],
     head: Callable[[torch.Tensor], torch.Tensor],
+    chunk: int,
 ) -> Scores:
-    """Score the slots of a batch from hidden states [B, T, H]. Logits exist for `CHUNK` positions
-    at a time.
+    """Score slots from hidden states [B, T, H]. Logits exist for `chunk` positions at a time, and
+    in backward are computed again.
     """
-    before = hidden[:, :-1]
-    decided = slots.slots[:, 1:] != Slot.FORCED
-    rows, ids, kinds = before[decided], slots.ids[:, 1:][decided], slots.slots[:, 1:][decided]
-    may_start = slots.may_start[:, 1:][decided]
-    temperature = slots.temperature[:, None].expand(decided.shape)[decided]
-    kept = slots.kept[:, 1:][decided]
-    truncated = bool(kept.any())
+    flat = hidden.flatten(0, 1)
+    rows = flat[slots.rows]
+    if type(lm_head) is torch.nn.Linear and not bool(slots.kept.any()):
+        choices = slots.ids, slots.kinds, slots.may_start, slots.temperature
+        scored: tuple[torch.Tensor, torch.Tensor] = LinearScores.apply(  # type: ignore[assignment]
+            rows, lm_head.weight, lm_head.bias, *choices, tokens, chunk
+        )
+    else:
+        scored = _score_in_chunks(rows, slots, tokens, lm_head, chunk)
+    logprobs, entropies = scored
+    return Scores(logprobs, entropies, head(flat[slots.latent_rows]))
+
+
+def _score_in_chunks(
+    rows: torch.Tensor,
+    slots: ScoreSlots,
+    tokens: LatentTokens,
+    lm_head: Callable[[torch.Tensor], torch.Tensor],
+    chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies [N] through any head, truncated or not."""
 
     def score_chunk(rows: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = full_logits(lm_head, rows) / temperature[part, None]
-        is_text = kinds[part] == Slot.TOKEN
-        text = torch.log_softmax(text_logits(logits, may_start[part], tokens), -1)
+        ids, kept = slots.ids[part], slots.kept[part]
+        logits = full_logits(lm_head, rows) / slots.temperature[part, None]
+        is_text = slots.kinds[part] == Slot.TOKEN
+        text = torch.log_softmax(text_logits(logits, slots.may_start[part], tokens), -1)
         end, more = end_logprobs(logits, tokens)
-        decision = torch.where(ids[part] == tokens.end, end, more)
-        chosen, text_entropy = text.gather(1, ids[part, None])[:, 0], _entropy(text)
-        if truncated and len(cut := kept[part].nonzero()[:, 0]):
-            fewer, entropy = truncated_scores(text[cut], ids[part][cut], kept[part][cut])
+        decision = torch.where(ids == tokens.end, end, more)
+        chosen, text_entropy = text.gather(1, ids[:, None])[:, 0], _entropy(text)
+        if len(cut := kept.nonzero()[:, 0]):
+            fewer, entropy = truncated_scores(text[cut], ids[cut], kept[cut])
             chosen = chosen.index_copy(0, cut, fewer)
             text_entropy = text_entropy.index_copy(0, cut, entropy)
         logprob = torch.where(is_text, chosen, decision)
@@ -179,19 +201,12 @@ def score_slots(
         # remembers.
         return logprob, torch.where(is_text, text_entropy, decision_entropy).detach()
 
-    parts = [slice(i, min(i + CHUNK, len(rows))) for i in range(0, max(len(rows), 1), CHUNK)]
+    parts = [slice(i, min(i + chunk, len(rows))) for i in range(0, max(len(rows), 1), chunk)]
     scored = [
         checkpoint(score_chunk, rows[part], part, use_reentrant=False)
         if torch.is_grad_enabled()
         else score_chunk(rows[part], part)
         for part in parts
     ]
-    blank = torch.zeros(slots.ids.shape, dtype=torch.float32, device=hidden.device)
-    at = torch.zeros_like(slots.slots, dtype=torch.bool)
-    at[:, 1:] = decided
-    fillers = slots.ids[:, 1:] == tokens.filler
-    return Scores(
-        logprobs=blank.masked_scatter(at, torch.cat([s[0] for s in scored])),
-        entropies=blank.masked_scatter(at, torch.cat([s[1] for s in scored])),
-        means=head(before[fillers]),
-    )
+    logprobs, entropies = (torch.cat(values) for values in zip(*scored, strict=True))
+    return logprobs, entropies

@@ -22,6 +22,7 @@ from rl.errors import DataError, ObjectiveError, PolicyError
 from rl.interfaces import MediaSource
 from rl.policy.model import LatentPolicy
 from rl.policy.protocol import Slot
+from rl.policy.vision import vision_tower
 from rl.scoring import ReplayBatch, collate
 from rl.sft.alignment import LatentLoss, latent_alignment_loss
 from rl.sft.targets import Targets, compute_targets
@@ -195,9 +196,7 @@ class LatentSFTTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> Any:
         rows = [self._teach(i) for i in inputs["index"].tolist()]
-        pad = self.media.tokenizer.pad_token_id
-        batch = collate(rows, self.policy, self.source, pad_id=self._eos if pad is None else pad)
-        return batch.to(self.args.device)
+        return collate(rows, self.policy, self.source).to(self.args.device)
 
     def _teach(self, index: int) -> Trajectory:
         """The taught trajectory of one sample: a function of the seed, the epoch and the sample."""
@@ -285,7 +284,7 @@ class LatentSFTTrainer(Trainer):
         text = -scores.logprobs.sum() * (ranks / decided)
         latent = latent_alignment_loss(
             scores.means,
-            batch.inputs["latents"],
+            batch.latents,
             variance=self.targets.variance,
             kind=self.args.latent_loss,
         ) * (ranks * sum(batch.latent_counts) / max(latents, 1))
@@ -312,17 +311,6 @@ class LatentSFTTrainer(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # transformers would guess it from inputs that are not tensors yet
-
-
-def vision_tower(policy: LatentPolicy) -> nn.Module:
-    """The module that turns pixels into features."""
-    tower = policy.get_encoder(modality="video")
-    if tower is policy or tower is policy.base_model:
-        raise PolicyError(
-            f"{type(policy).__name__}: no vision tower was found, so it cannot be frozen; set "
-            "freeze_vision to false"
-        )
-    return tower
 
 
 @torch.no_grad()

@@ -264,6 +264,28 @@ def test_a_step_divides_into_passes(rows: int, micro_batch: int, expected: int) 
     assert accumulated * arguments["per_device_train_batch_size"] == rows
 
 
+@pytest.mark.parametrize(
+    ("prompts", "size", "micro_batch", "budget", "expected"),
+    [
+        (64, 8, 8, None, 8),
+        (6, 8, 36, None, 24),  # 3 groups; 4 would divide no step of 6
+        (6, 8, 7, None, 6),  # less than a group: any number of rows that divides the step
+        (6, 8, 8, 5000, 48),  # the budget cuts the whole step
+    ],
+)
+def test_passes_of_groups(
+    prompts: int, size: int, micro_batch: int, budget: int | None, expected: int
+) -> None:
+    train = LADAPOSection(
+        prompts_per_step=prompts,
+        group_size=size,
+        micro_batch=micro_batch,
+        max_tokens_per_microbatch=budget,
+    )
+    assert train.rows_per_pass == expected
+    assert train.arguments()["max_tokens_per_microbatch"] == budget
+
+
 def test_every_key_is_described() -> None:
     for model in (LADAPORecipe, SFTRecipe, LADAPOSection, SFTSection):
         undescribed = [n for n, f in model.model_fields.items() if not f.description]

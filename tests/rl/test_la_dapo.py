@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rewards.registry import build_terms
@@ -20,6 +21,7 @@ from rl.errors import ObjectiveError, PolicyError, SyncError
 from rl.la_dapo import TRL_MEMBERS, LADAPOTrainer
 from rl.la_dapo_config import LADAPOConfig
 from rl.policy.protocol import LatentProtocol
+from rl.policy.vision import vision_tower
 from rl.weights import weight_update
 from tests.latent import PROTOCOL, engine_for, square_samples, thinking_policy
 
@@ -44,46 +46,66 @@ def world(tmp_path_factory):
     return policy, processor, square_samples(folder / "clips", 8)
 
 
+def trainer_for(
+    world, output, scorer=None, peft_config=None, engine_policy=None, **changes
+) -> LADAPOTrainer:
+    """A trainer on a fresh copy of the policy; `changes` are to its config."""
+    policy, processor, samples = world
+    policy = copy.deepcopy(policy)
+    settings = {
+        "output_dir": str(output),
+        "per_device_train_batch_size": 2 * SIZE,
+        "num_generations": SIZE,
+        "max_completion_length": 16,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "max_mismatch": 2e-5,
+        **changes,
+    }
+    return LADAPOTrainer(
+        policy,
+        rollouts=engine_for(engine_policy or copy.deepcopy(policy), processor),
+        scorer=scorer or rewards(),
+        samples=samples,
+        args=LADAPOConfig(**settings),
+        processing_class=processor,
+        peft_config=peft_config,
+    )
+
+
 @pytest.fixture
 def build(world, tmp_path):
-    """Makes a trainer on a fresh copy of the policy; keywords change its config."""
+    """Makes trainers; keywords change their config."""
 
-    def make(scorer=None, peft_config=None, engine_policy=None, folder="run", **changes):
-        policy, processor, samples = world
-        policy = copy.deepcopy(policy)
-        settings = {
-            "output_dir": str(tmp_path / folder),
-            "per_device_train_batch_size": 2 * SIZE,
-            "num_generations": SIZE,
-            "max_completion_length": 16,
-            "max_steps": 2,
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            "max_mismatch": 2e-5,
-            **changes,
-        }
-        return LADAPOTrainer(
-            policy,
-            rollouts=engine_for(engine_policy or copy.deepcopy(policy), processor),
-            scorer=scorer or rewards(),
-            samples=samples,
-            args=LADAPOConfig(**settings),
-            processing_class=processor,
-            peft_config=peft_config,
-        )
+    def make(folder="run", **changes):
+        return trainer_for(world, tmp_path / folder, **changes)
 
     return make
 
 
+def passes_of(trainer) -> list[dict]:
+    """Fills with the inputs of each loss, once the trainer runs."""
+    seen = []
+
+    class Spy(LADAPOTrainer):
+        def _compute_loss(self, model, inputs):
+            seen.append(inputs)
+            return super()._compute_loss(model, inputs)
+
+    trainer.__class__ = Spy
+    return seen
+
+
 def watched(trainer) -> dict:
-    """Fills with the inputs of the loss, once the trainer runs."""
+    """Fills with the inputs of the loss, once the trainer runs: of the last one."""
     seen = {}
 
     class Spy(LADAPOTrainer):
@@ -157,21 +179,130 @@ def test_the_loss_by_hand(build):
     assert decided.tolist() == [n - f for n, f in zip(lengths, forced, strict=True)]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"gradient_checkpointing": True},
-        {"per_device_train_batch_size": SIZE, "gradient_accumulation_steps": 2},
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
-    ],
-    ids=["checkpointing", "two micro-batches", "groups across micro-batches"],
-)
+class Gradients(TrainerCallback):
+    """Keeps the gradients of each update."""
+
+    def __init__(self):
+        self.updates = []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        named = kwargs["model"].named_parameters()
+        self.updates.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+
+def first_update(trainer) -> tuple[dict[str, torch.Tensor], dict]:
+    """The gradients of a trainer's first update, and its line in the log."""
+    kept = Gradients()
+    trainer.add_callback(kept)
+    trainer.train()
+    return kept.updates[0], logs(trainer)[0]
+
+
+def assert_same_update(found, expected):
+    gradients, line = found
+    assert gradients.keys() == expected[0].keys()
+    largest = max(float(g.abs().max()) for g in expected[0].values())
+    for name, gradient in expected[0].items():
+        torch.testing.assert_close(
+            gradients[name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=name
+        )
+    assert line["loss"] == pytest.approx(expected[1]["loss"], abs=1e-5)
+    assert line["latents/loss"] == pytest.approx(expected[1]["latents/loss"], abs=1e-5)
+
+
+CUTS = {
+    "checkpointing": {"gradient_checkpointing": True},
+    "two micro-batches": {"per_device_train_batch_size": SIZE, "gradient_accumulation_steps": 2},
+    "groups across micro-batches": {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+    },
+    "a budget of one group": {"max_tokens_per_microbatch": 140},
+    "a budget of one row": {"max_tokens_per_microbatch": 1},
+}
+
+
+@pytest.mark.parametrize("changes", CUTS.values(), ids=list(CUTS))
 def test_the_same_update_however_it_is_cut(build, changes):
-    whole, cut = build(max_steps=1), build(max_steps=1, **changes)
-    whole.train()
-    cut.train()
-    assert logs(cut)[0]["grad_norm"] == pytest.approx(logs(whole)[0]["grad_norm"], rel=1e-4)
-    assert logs(cut)[0]["loss"] == pytest.approx(logs(whole)[0]["loss"], abs=1e-5)
+    expected = first_update(build(max_steps=1, gradient_accumulation_steps=1))
+    assert_same_update(first_update(build(max_steps=1, **changes)), expected)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "bnpo", "dr_grpo", "luspo", "sapo", "cispo", "vespo"])
+def test_a_budget_leaves_every_loss_of_trl_as_it_is(build, loss):
+    settings = {"max_steps": 1, "loss_type": loss, "beta": 0.1, "latent_beta": 0.1}
+    expected = first_update(build(**settings))
+    found = build(**settings, max_tokens_per_microbatch=140)
+    passes = passes_of(found)
+    assert_same_update(first_update(found), expected)
+    assert len(passes) > 1
+
+
+def test_a_budget_holds_and_says_what_it_shares(build):
+    trainer = build(max_steps=1, max_tokens_per_microbatch=200, per_device_train_batch_size=16)
+    passes = passes_of(trainer)
+    (line,) = (first_update(trainer)[1],)
+    computed, alone = [], []
+    for inputs in passes:
+        rows = [inputs["trajectories"][row] for row in inputs["rows"]]
+        prompts = {t.sample_id: len(t.prompt_ids) for t in rows}
+        completions = sum(len(t.completion_ids) for t in rows)
+        computed.append(sum(prompts.values()) + completions)
+        alone.append(sum(prompts[t.sample_id] for t in rows) + completions)
+    assert sorted(row for inputs in passes for row in inputs["rows"]) == list(range(16))
+    assert 1 < len(passes) < 16 and max(computed) <= 200
+    shared = [1 - c / a for c, a in zip(computed, alone, strict=True)]
+    assert line["passes/tokens"] == pytest.approx(sum(computed) / len(passes))
+    assert line["passes/shared"] == pytest.approx(sum(shared) / len(passes)) and min(shared) > 0.4
+
+
+def test_groups_stay_together(build):
+    """TRL deals the rows of several micro-batches out one by one."""
+    orders = []
+    for seed in range(3):
+        trainer = build(
+            max_steps=2,
+            per_device_train_batch_size=SIZE,
+            gradient_accumulation_steps=2,
+            steps_per_generation=4,
+            num_iterations=2,
+            filter_groups=False,
+            seed=seed,
+        )
+        handed = []
+        trainer._recorder = handed.append
+        dealt = passes_of(trainer)
+        trainer.train()
+        ids = [[t.sample_id for t in inputs["trajectories"]] for inputs in dealt]
+        assert all(len(i) == SIZE and len({*i}) == 1 for i in ids)
+        for inputs in dealt:  # each row with what belongs to it
+            decided = [int((t.decision != 0).sum()) for t in inputs["trajectories"]]
+            assert (inputs["completion_mask"] * inputs["tool_mask"]).sum(1).tolist() == decided
+        (rollout,) = handed
+        sampled = [c.group.sample.id for c in rollout.groups]
+        assert len(dealt) == 4 and sorted(i[0] for i in ids) == sorted(sampled)
+        orders.append([i[0] for i in ids] == sampled)
+    assert not all(orders)  # and in an order of their own
+
+
+def test_the_tower_sees_a_clip_once_a_pass(build):
+    trainer = build(max_steps=1, beta=0.1, gradient_checkpointing=True)
+    calls = []
+    for model in (trainer.policy, trainer.ref_model):
+        vision_tower(model).register_forward_hook(
+            lambda tower, args, kwargs, output, model=model: calls.append(
+                (model is trainer.policy, len(kwargs["grid_thw"]), args[0].shape[0])
+            ),
+            with_kwargs=True,
+        )
+    seen = watched(trainer)
+    trainer.train()
+    clips = {key for t in seen["trajectories"] for key in t.media}
+    patches = sum(
+        trainer.rollouts.media.get(key).inputs["pixel_values_videos"].shape[0] for key in clips
+    )
+    assert len(clips) == 2
+    assert calls == [(False, 2, patches), (True, 2, patches)]  # reference, policy
 
 
 def test_several_updates_a_rollout_use_the_samplers_log_probs(build):
@@ -349,6 +480,8 @@ def test_contradictions_are_refused(build, world, tmp_path):
         build(temperature=0.0)
     with pytest.raises(ObjectiveError, match="filter_low"):
         build(filter_low=0.9, filter_high=0.1)
+    with pytest.raises(ObjectiveError, match="max_tokens_per_microbatch"):
+        build(max_tokens_per_microbatch=0)
     with pytest.raises(ObjectiveError, match="'max'"):
         build(latent_reduction="max")
     with pytest.raises(PolicyError, match="no latent policy"):

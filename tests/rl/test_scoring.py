@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 
+from rl import scoring
 from rl.errors import TrajectoryError
-from rl.policy import scores
+from rl.policy import packed_attention, scores
 from rl.policy.density import log_density
+from rl.policy.layout import PackLayout
 from rl.policy.model import LatentPolicy
 from rl.policy.protocol import LatentProtocol, Slot
 from rl.scoring import collate, replay
@@ -37,7 +39,7 @@ def gaps(policy, media, trajectories) -> dict[str, float]:
     """Largest difference between sampler and replay, by kind. Latents in units of the objective's
     default reduction, the sum over the width divided by √H.
     """
-    batch = collate(trajectories, policy, media, pad_id=0)
+    batch = collate(trajectories, policy, media)
     found = replay(policy, batch, policy)
     result = {}
     for name, kind in (("token", Slot.TOKEN), ("decision", Slot.DECISION), ("forced", Slot.FORCED)):
@@ -120,7 +122,7 @@ def test_small_noise_makes_latents_as_much_less_exact(tmp_path):
 
 def test_fsdp2_replays_what_it_would_alone(tmp_path):
     policy, media, trajectories = sampled(tmp_path, size=2)
-    inputs = collate(trajectories, policy, media, pad_id=0).inputs
+    inputs = collate(trajectories, policy, media).inputs
     alone = policy(**inputs)
     alone.logprobs.sum().backward()
     expected = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
@@ -150,10 +152,10 @@ def test_fsdp2_replays_what_it_would_alone(tmp_path):
 
 def test_rows_do_not_depend_on_their_batch(tmp_path):
     policy, media, trajectories = sampled(tmp_path)
-    whole = replay(policy, collate(trajectories, policy, media, pad_id=0), policy)
+    whole = replay(policy, collate(trajectories, policy, media), policy)
     for row in (0, len(trajectories) - 1):
         t = trajectories[row]
-        alone = replay(policy, collate([t], policy, media, pad_id=0), policy)
+        alone = replay(policy, collate([t], policy, media), policy)
         torch.testing.assert_close(
             whole.logprobs[row, : len(t.logprobs)], alone.logprobs[0], atol=1e-5, rtol=0
         )
@@ -177,27 +179,78 @@ def one_position_off(monkeypatch):
     # produced it.
     original = scores.score_slots
 
-    def shifted(hidden, slots, *, tokens, lm_head, head):
-        right = original(hidden, slots, tokens=tokens, lm_head=lm_head, head=head)
-        at = slots.ids == tokens.filler
-        return dataclasses.replace(right, means=head(hidden[at]))
+    def shifted(hidden, slots, **kwargs):
+        slots = dataclasses.replace(slots, latent_rows=slots.latent_rows + 1)
+        return original(hidden, slots, **kwargs)
 
     monkeypatch.setattr("rl.policy.model.score_slots", shifted)
 
 
 def forced_counted(monkeypatch):
-    # Forced ends and fillers scored as if the vocabulary had been free.
-    original = scores.score_slots
+    # Forced ends scored as if they had been decisions.
+    original = scoring._slots
 
-    def eager(hidden, slots, **kwargs):
-        kinds = torch.where(
-            (slots.slots == Slot.FORCED) & (slots.ids == kwargs["tokens"].end),
-            torch.tensor(Slot.DECISION, dtype=torch.int8),
-            slots.slots,
-        )
-        return original(hidden, dataclasses.replace(slots, slots=kinds), **kwargs)
+    def eager(trajectories, policy, starts, *rest):
+        slots, places = original(trajectories, policy, starts, *rest)
+        end, width = policy.latent_tokens.end, rest[-1]
+        at = [
+            (row, p)
+            for row, t in enumerate(trajectories)
+            for p in ((t.decision == Slot.FORCED) & (t.completion_ids == end)).nonzero()[0]
+        ]
+        extra = {
+            "rows": [starts[row] + p - 1 for row, p in at],
+            "ids": [end] * len(at),
+            "kinds": [Slot.DECISION] * len(at),
+            "may_start": [False] * len(at),
+            "temperature": [1.0] * len(at),
+            "kept": [0] * len(at),
+        }
+        longer = {
+            name: torch.cat([value := getattr(slots, name), torch.tensor(more, dtype=value.dtype)])
+            for name, more in extra.items()
+        }
+        places = torch.cat([places, torch.tensor([row * width + p for row, p in at])])
+        return dataclasses.replace(slots, **longer), places
 
-    monkeypatch.setattr("rl.policy.model.score_slots", eager)
+    monkeypatch.setattr("rl.scoring._slots", eager)
+
+
+def one_completion_off(monkeypatch):
+    # The first token of a completion scored by the end of the completion before it.
+    original = scoring._slots
+
+    def behind(trajectories, policy, starts, ends, width):
+        return original(trajectories, policy, starts, {r: s - 1 for r, s in starts.items()}, width)
+
+    monkeypatch.setattr("rl.scoring._slots", behind)
+
+
+def completions_not_kept_apart(monkeypatch):
+    # Positions and prompts as they should be, but a completion sees those before it.
+    def alone(layout):
+        return PackLayout.of((g.stop - g.start - 1, (1,)) for g in layout.groups)
+
+    original = packed_attention.packed_attention
+    monkeypatch.setattr(
+        "rl.policy.packed_attention.packed_attention",
+        lambda q, k, v, layout, scale: original(q, k, v, alone(layout), scale=scale),
+    )
+
+
+def positions_run_on(monkeypatch):
+    # Completions positioned behind one another instead of behind the prompt.
+    original = scoring.collate
+
+    def collate(*args):
+        batch = original(*args)
+        positions = batch.inputs["position_ids"]
+        for g in batch.inputs["layout"].groups:
+            more = torch.arange(g.stop - g.answers)
+            positions[:, :, g.answers : g.stop] = positions[:, :, g.answers, None] + more
+        return batch
+
+    monkeypatch.setattr("tests.rl.test_scoring.collate", collate)
 
 
 def bans_forgotten(monkeypatch):
@@ -210,6 +263,9 @@ def bans_forgotten(monkeypatch):
         (not_fed_back, "token"),
         (one_position_off, "latent"),
         (forced_counted, "forced"),
+        (one_completion_off, "token"),
+        (completions_not_kept_apart, "token"),
+        (positions_run_on, "token"),
         (bans_forgotten, "token"),
     ],
 )
@@ -222,7 +278,7 @@ def test_mutations_are_seen(mutation, kind, tmp_path, monkeypatch):
 
 def test_gradient_of_the_latent_term_by_finite_differences(tmp_path):
     policy, media, trajectories = sampled(tmp_path, dtype=torch.float64, size=2)
-    batch = collate(trajectories, policy, media, pad_id=0)
+    batch = collate(trajectories, policy, media)
 
     def value() -> torch.Tensor:
         found = replay(policy, batch, policy)
@@ -250,12 +306,12 @@ def test_another_protocol_is_refused(tmp_path):
     policy, media, trajectories = sampled(tmp_path)
     policy.set_protocol(dataclasses.replace(policy.protocol, min_length=1))
     with pytest.raises(TrajectoryError, match="another protocol"):
-        collate(trajectories, policy, media, pad_id=0)
+        collate(trajectories, policy, media)
 
 
 def test_densities_of_stored_latents_are_those_of_the_protocol(tmp_path):
     policy, media, trajectories = sampled(tmp_path)
-    found = replay(policy, collate(trajectories, policy, media, pad_id=0), policy)
+    found = replay(policy, collate(trajectories, policy, media), policy)
     latents = torch.cat([t.latents for t in trajectories])
     expected = log_density(latents, found.means, policy.protocol.noise_scale, "gaussian")
     torch.testing.assert_close(found.latent_logprobs, expected)

@@ -13,7 +13,13 @@ from rl.policy.scores import text_logits
 from rl.scoring import collate, replay
 from rl.trajectory import RolloutRequest, Sampling
 from rl.weights import state_checksum, weight_update
-from tests.latent import engine_for, requests_for, square_samples, thinking_policy
+from tests.latent import (
+    engine_for,
+    plain_inputs,
+    requests_for,
+    square_samples,
+    thinking_policy,
+)
 from tests.tiny import FAMILIES
 
 ENGINES = ("transformers", "vllm")
@@ -119,14 +125,8 @@ def test_greedy_text_is_that_of_transformers(build, samples, tmp_path):
     greedy = Sampling(0.0, 12, "never")
     tokens = policy.latent_tokens
     for t in flat(engine.generate(requests_for(samples, 1, greedy))):
-        batch = collate([t], policy, engine.media, pad_id=256).inputs
-        prompt = {
-            k: v[:, : len(t.prompt_ids)]
-            if k in ("input_ids", "attention_mask", "mm_token_type_ids")
-            else v
-            for k, v in batch.items()
-            if k not in ("slots", "latents")
-        }
+        prompt = plain_inputs(policy, engine.media, t, len(t.prompt_ids))
+        del prompt["latents"]
         expected = policy.generate(
             **prompt,
             do_sample=False,
@@ -145,8 +145,9 @@ def test_greedy_latents_are_their_means(build, rounding, samples, tmp_path):
     for a, b in zip(greedy[::2], greedy[1::2], strict=True):  # other seeds, same trajectory
         assert_same(a, b, atol=rounding)
     with torch.no_grad():
-        batch = collate(greedy, policy, engine.media, pad_id=256).inputs
-        torch.testing.assert_close(policy(**batch).means, batch["latents"], atol=1e-5, rtol=0)
+        batch = collate(greedy, policy, engine.media)
+        means = policy(**batch.inputs).means
+        torch.testing.assert_close(means, batch.latents, atol=1e-5, rtol=0)
 
 
 def test_modes_of_imagining(build, samples, tmp_path):
@@ -188,10 +189,8 @@ def test_frequencies_are_the_probabilities(top_p, top_k, samples, tmp_path):
     drawn = flat(engine.generate([request]))
     with torch.no_grad():
         t = drawn[0]
-        inputs = collate([t], policy, engine.media, pad_id=256).inputs
-        hidden = policy.hidden_states(
-            **{k: v for k, v in inputs.items() if k != "slots"}
-        ).last_hidden_state[:, -2]
+        inputs = plain_inputs(policy, engine.media, t)
+        hidden = policy.hidden_states(**inputs).last_hidden_state[:, -2]
         logits = policy.get_output_embeddings()(hidden) / 0.9
         p = text_logits(logits, torch.tensor([True]), policy.latent_tokens).softmax(-1)[0]
     if sampling.truncated:
@@ -223,7 +222,7 @@ def test_truncated_sampling_replays_exactly(build, top_p, top_k, samples, tmp_pa
     counts = {int(k) for t in trajectories for k in t.kept[t.kept > 0]}
     assert max(counts) <= (top_k or 10**9) and (top_p == 1.0 or len(counts) > 2)
     with torch.no_grad():
-        batch = collate(trajectories, policy, engine.media, pad_id=256)
+        batch = collate(trajectories, policy, engine.media)
         found = replay(policy, batch, policy).logprobs.numpy()
     for row, t in enumerate(trajectories):
         np.testing.assert_allclose(found[row, : len(t.logprobs)], t.logprobs, atol=1e-5)

@@ -80,7 +80,7 @@ def test_the_trainer_replays_what_it_sampled(vllm_engines, family, samples, tmp_
     for name in ("sampled", "imagining", "truncated"):
         trajectories = flat(engine.generate(requests_for(samples, 3, SAMPLINGS[name])))
         with torch.no_grad():
-            batch = collate(trajectories, policy, engine.media, pad_id=256)
+            batch = collate(trajectories, policy, engine.media)
             gaps = replay_gaps(replay(policy, batch, policy), trajectories)
         assert gaps.largest < 1e-5, name
 

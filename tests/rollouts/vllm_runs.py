@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from rl.policy.density import log_density
-from rl.policy.protocol import Imagine
+from rl.policy.protocol import Imagine, Slot
 from rl.policy.scores import ScoreSlots
 from rollouts.vllm_slots import pack, unpack
 
@@ -139,16 +139,15 @@ def gaps(policy: Any, asks: Sequence[Ask], told: Sequence[Told]) -> tuple[float,
         p, done = len(ask.prompt), len(ask.done)
         ids = torch.tensor([[*ask.prompt, *t.ids.tolist()]])
         trace = policy.protocol.trace(t.ids, policy.latent_tokens, ask.imagine)
+        before = p - 1 + np.arange(len(t.ids))
+        at = (trace.slots != Slot.FORCED).nonzero()[0]
+        heat = torch.full((len(at),), ask.temperature or 1.0)
         slots = ScoreSlots(
-            ids,
-            torch.zeros_like(ids, dtype=torch.int8),
-            torch.zeros_like(ids, dtype=torch.bool),
-            torch.tensor([ask.temperature or 1.0]),
-            torch.zeros_like(ids, dtype=torch.int32),
+            *(torch.from_numpy(v[at]) for v in (before, t.ids, trace.slots, trace.may_start)),
+            heat,
+            t.kept[at].int(),
+            torch.from_numpy(before[t.ids == policy.latent_tokens.filler]),
         )
-        slots.slots[0, p:] = torch.from_numpy(trace.slots)
-        slots.may_start[0, p:] = torch.from_numpy(trace.may_start)
-        slots.kept[0, p:] = t.kept
         scores = policy(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -156,7 +155,8 @@ def gaps(policy: Any, asks: Sequence[Ask], told: Sequence[Told]) -> tuple[float,
             latents=t.latents.to(policy.dtype),
             slots=slots,
         )
-        gap = (scores.logprobs[0, p + done :] - t.logprobs[done:]).abs()
+        new = at >= done
+        gap = (scores.logprobs[new] - t.logprobs[at][new]).abs()
         tokens = max(tokens, float(gap.max()))
         old = int((t.ids[:done] == policy.latent_tokens.filler).sum())
         if len(t.latents) > old and ask.temperature > 0:

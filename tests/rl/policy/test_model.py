@@ -73,7 +73,7 @@ def test_gradients_reach_latents_through_checkpointed_layers(tmp_path):
     policy, processor = thinking_policy(tmp_path / "policy")
     engine = engine_for(policy, processor)
     group = engine.generate(requests_for(square_samples(tmp_path / "clips", 1), 4))[0]
-    batch = collate(group.trajectories, policy, engine.media, pad_id=0).inputs
+    batch = collate(group.trajectories, policy, engine.media).inputs
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:

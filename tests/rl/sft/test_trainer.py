@@ -16,8 +16,9 @@ from rl.errors import DataError, ObjectiveError, PolicyError
 from rl.policy.heads import HeadConfig
 from rl.policy.model import load_policy, make_policy
 from rl.policy.protocol import LatentProtocol
+from rl.policy.vision import vision_tower
 from rl.sft.targets import compute_targets
-from rl.sft.trainer import LatentSFTConfig, LatentSFTTrainer, imagine_probability, vision_tower
+from rl.sft.trainer import LatentSFTConfig, LatentSFTTrainer, imagine_probability
 from rl.trajectory import Sample
 from tests.tiny import FAMILIES, Family, save_tiny_checkpoint
 
