@@ -30,7 +30,7 @@ from statistics import median
 import torch
 
 from benchmarks.sampling_rates import Rates, engine_rates
-from benchmarks.shapes import SIZES, Setting, write_policy
+from benchmarks.shapes import SIZES, Setting, machine, write_policy
 from benchmarks.vllm_steps import vllm_steps
 from rl.policy.protocol import LatentProtocol
 from rollouts import vllm_cpu
@@ -100,12 +100,6 @@ def main() -> None:
     print("|---|---|---|---|")
     for model, rates in sampled.items():
         print_fetches(model, rates)
-
-
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
 
 
 def read_arguments() -> list[Setting]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(128, 256, 2, 4, 2, 32, 4096, True, 2, 128, 256, 4, (0,)),
+    "20m": Size(512, 1024, 8, 8, 4, 64, 4096, True, 2, 128, 512, 4, (0,)),
     "100m": Size(768, 2048, 12, 12, 4, 64, 32768, True, 4, 256, 1024, 4, (1, 2)),
     "2b": Size(2048, 6144, 28, 16, 8, 128, 151936, True, 24, 1024, 4096, 16, (5, 11, 17)),
     "8b": Size(4096, 12288, 36, 32, 8, 128, 151936, False, 27, 1152, 4304, 16, (8, 16, 24)),
@@ -71,6 +73,13 @@ class Setting:
         """Room for the largest batch, and some to spare."""
         room = max(self.batches) * (prompt + self.tokens + 64)
         return max(2 * self.size.cache_bytes(room, self.dtype), 32 << 20)
+
+
+def machine(device: torch.device) -> str:
+    """The machine in words, as a table should name it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
 
 
 def write_policy(

@@ -78,8 +78,16 @@ def run(recipe: RecipeFile, settings: Settings = None, debug: Debug = False) -> 
 
 
 @app.command()
-def check(recipe: RecipeFile, settings: Settings = None, debug: Debug = False) -> None:
+def check(
+    recipe: RecipeFile,
+    settings: Settings = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Estimate how much memory an update will take.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
     """Find what is wrong with a recipe, its data and its policy, before anything heavy starts."""
+    estimate = None
     with _errors(debug):
         from recipes.loading import load_recipe
 
@@ -88,6 +96,10 @@ def check(recipe: RecipeFile, settings: Settings = None, debug: Debug = False) -
             from recipes.check import check_recipe
 
             plan = check_recipe(loaded)
+            if memory:
+                from recipes.memory import recipe_memory
+
+                estimate = recipe_memory(loaded, plan)
     rows = {"training": plan.train, "validation": plan.validation, "evaluation": plan.evaluation}
     counts = ", ".join(f"{len(samples)} for {name}" for name, samples in rows.items() if samples)
     for warning in plan.warnings:
@@ -95,6 +107,8 @@ def check(recipe: RecipeFile, settings: Settings = None, debug: Debug = False) -
     typer.echo(f"{recipe} is fine: rows {counts}; runs to {loaded.output}")
     if plan.engine is not None:
         typer.echo(str(plan.engine))
+    if estimate is not None:
+        typer.echo(str(estimate))
 
 
 @app.command()

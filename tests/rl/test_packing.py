@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
@@ -180,9 +180,7 @@ def test_packed_is_unpacked(worlds, family, checkpointing, lora):
     if checkpointing:
         inner.gradient_checkpointing_enable()
 
-    @settings(
-        max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
-    )
+    @settings(max_examples=6, deadline=None, derandomize=True)
     @given(groups=st.lists(GROUP, min_size=1, max_size=3), mixed=st.randoms(use_true_random=False))
     def check(groups, mixed):
         rows = [

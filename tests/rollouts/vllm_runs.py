@@ -141,12 +141,14 @@ def gaps(policy: Any, asks: Sequence[Ask], told: Sequence[Told]) -> tuple[float,
         trace = policy.protocol.trace(t.ids, policy.latent_tokens, ask.imagine)
         before = p - 1 + np.arange(len(t.ids))
         at = (trace.slots != Slot.FORCED).nonzero()[0]
-        heat = torch.full((len(at),), ask.temperature or 1.0)
         slots = ScoreSlots(
-            *(torch.from_numpy(v[at]) for v in (before, t.ids, trace.slots, trace.may_start)),
-            heat,
-            t.kept[at].int(),
-            torch.from_numpy(before[t.ids == policy.latent_tokens.filler]),
+            rows=torch.from_numpy(before[at]),
+            ids=torch.from_numpy(t.ids[at]),
+            kinds=torch.from_numpy(trace.slots[at]),
+            may_start=torch.from_numpy(trace.may_start[at]),
+            temperature=torch.full((len(at),), ask.temperature or 1.0),
+            kept=t.kept[at].int(),
+            latent_rows=torch.from_numpy(before[t.ids == policy.latent_tokens.filler]),
         )
         scores = policy(
             input_ids=ids,

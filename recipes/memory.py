@@ -1,0 +1,118 @@
+"""How much memory a recipe's updates will take: `foresight check --memory`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from recipes.check import Plan, media_processor
+from recipes.configs import lora_config
+from recipes.loading import Recipe
+from recipes.schema import LADAPORecipe, SFTRecipe
+from rl.data.media import MediaProcessor
+from rl.memory import MemoryEstimate, MemorySetting, estimate_memory
+from rl.sft.taught import span_lengths
+from rl.trajectory import Sample
+
+
+@dataclass(frozen=True)
+class RecipeMemory:
+    """An estimate, and what it is for."""
+
+    setting: MemorySetting
+    estimate: MemoryEstimate
+    prompt: int  # tokens
+    sample: str  # whose prompt it is
+
+    def __str__(self) -> str:
+        s = self.setting
+        kind = str(s.autocast or s.dtype).removeprefix("torch.")
+        rows = f"{s.groups} x {s.group_size}" if s.group_size > 1 else f"{s.groups}"
+        return (
+            f"an update takes about {self.estimate}, computed in {kind}, {rows} completions of "
+            f"{s.completion_tokens} tokens at a time to prompts like that of row {self.sample!r} "
+            f"({self.prompt} tokens). Sampling comes on top"
+        )
+
+
+def recipe_memory(recipe: Recipe, plan: Plan) -> RecipeMemory:
+    """Peak memory of an update of `recipe`, whose `plan` is that of `check_recipe`.
+
+    The prompt is that of the first row, and completions are as long as they may become. With
+    ``device: auto`` it is the memory of a GPU, where runs compute in bfloat16.
+    """
+    media = media_processor(recipe, plan.processor)
+    sample = plan.train[0]
+    clip = media.process(media.key(sample))
+    prompt = media.encode(sample, [clip])
+    video = int((prompt.mm_token_type_ids == 2).sum())
+    frames, rows, columns = clip.inputs["video_grid_thw"][0].tolist()
+    common = {
+        "model": recipe.policy.path,
+        "grid": (frames, rows, columns),
+        "text_tokens": len(prompt.input_ids) - video,
+        "dtype": getattr(torch, recipe.policy.dtype),
+        "autocast": torch.bfloat16 if recipe.device == "auto" else None,
+        "gradient_checkpointing": recipe.train.gradient_checkpointing,
+        "peft_config": lora_config(recipe.train.lora),
+        "head": plan.head,
+    }
+    if isinstance(recipe, LADAPORecipe):
+        setting = _la_dapo(recipe, plan, len(prompt.input_ids), common)
+    else:
+        setting = _sft(recipe, plan, media, common)
+    return RecipeMemory(setting, estimate_memory(setting), len(prompt.input_ids), sample.id)
+
+
+def _la_dapo(
+    recipe: LADAPORecipe, plan: Plan, prompt: int, common: dict[str, object]
+) -> MemorySetting:
+    train, budget = recipe.train, recipe.train.max_tokens_per_microbatch
+    completion = train.max_completion_length
+    if budget is None:
+        rows = train.rows_per_pass
+        groups, size = max(1, rows // train.group_size), min(rows, train.group_size)
+    else:
+        groups = min(train.prompts_per_step, budget // (prompt + train.group_size * completion))
+        fitting = max(1, (budget - prompt) // completion)
+        groups, size = max(1, groups), train.group_size if groups else fitting
+    return MemorySetting(
+        **common,  # type: ignore[arg-type]
+        group_size=size,
+        groups=groups,
+        completion_tokens=completion,
+        latents=min(plan.protocol.max_length * plan.protocol.max_spans, completion - 2),
+        micro_batches=-(-train.rows_per_step // (groups * size)),
+        reference=train.beta > 0.0 or train.latent_beta > 0.0,
+    )
+
+
+def _sft(
+    recipe: SFTRecipe, plan: Plan, media: MediaProcessor, common: dict[str, object]
+) -> MemorySetting:
+    train = recipe.train
+
+    def spans(sample: Sample) -> tuple[int, ...]:
+        return span_lengths(
+            sample,
+            plan.protocol,
+            temporal_patch_size=media.temporal_patch_size,
+            tokens_per_patch=train.tokens_per_patch,
+        )
+
+    def answer(sample: Sample) -> int:
+        text = train.answer_template.replace("{answer}", sample.answer)
+        return len(media.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
+
+    latents = max(sum(spans(sample)) for sample in plan.train)
+    markers = 2 * max(len(spans(sample)) for sample in plan.train)
+    return MemorySetting(
+        **common,  # type: ignore[arg-type]
+        group_size=1,
+        groups=train.rows_per_pass,
+        completion_tokens=latents + markers + max(answer(sample) for sample in plan.train),
+        latents=latents,
+        micro_batches=train.rows_per_step // train.rows_per_pass,
+        train_vision=not train.freeze_vision,
+    )
