@@ -68,18 +68,24 @@ def collate(
     members: dict[tuple[Any, ...], list[int]] = {}
     for row, t in enumerate(trajectories):
         members.setdefault(prompt_key(t), []).append(row)
+    # Sequences of equal length stand side by side, where attention computes them together.
+    groups = [
+        sorted(rows, key=lambda row: len(trajectories[row].completion_ids))
+        for rows in members.values()
+    ]
+    groups.sort(key=lambda rows: (len(rows) > 1, _length(trajectories[rows[0]])))
     layout = PackLayout.of(
         (
             len(trajectories[rows[0]].prompt_ids),
             [len(trajectories[row].completion_ids) for row in rows],
         )
-        for rows in members.values()
+        for rows in groups
     )
     starts: dict[int, int] = {}  # where each completion begins, and the last token of its prompt
     ends: dict[int, int] = {}
     clips: dict[MediaKey, Media] = {}
     ids, positions, shown = [], [], []
-    for group, rows in zip(layout.groups, members.values(), strict=True):
+    for group, rows in zip(layout.groups, groups, strict=True):
         first, place = trajectories[rows[0]], group.answers
         shown.extend(first.media)
         clips.update((key, media.get(key)) for key in first.media if key not in clips)
@@ -92,7 +98,7 @@ def collate(
             ids.append(completion)
             positions.append((behind + torch.arange(len(completion))).expand(3, -1))
             place += len(completion)
-    fed = [trajectories[row].latents for rows in members.values() for row in rows]
+    fed = [trajectories[row].latents for rows in groups for row in rows]
     inputs: dict[str, Any] = {
         "input_ids": torch.from_numpy(np.concatenate(ids))[None],
         "position_ids": torch.cat(positions, dim=1)[:, None],
@@ -109,6 +115,10 @@ def collate(
         tuple(len(t.latents) for t in trajectories),
         width,
     )
+
+
+def _length(trajectory: Trajectory) -> int:
+    return len(trajectory.prompt_ids) + len(trajectory.completion_ids)
 
 
 def _slots(

@@ -201,8 +201,8 @@ def test_what_is_shared_is_there_once(worlds, family):
     rows = [world.trajectory(p, 5, seed) for seed, p in enumerate((first, second, first, first))]
     batch = collate(rows, world.policy, world.media)
     assert batch.tokens == len(first[0]) + len(second[0]) + 4 * 5
-    assert [g.completions for g in batch.inputs["layout"].groups] == [(5, 5, 5), (5,)]
-    assert batch.inputs["clips"] == (0, 1, 1)
+    assert [g.completions for g in batch.inputs["layout"].groups] == [(5,), (5, 5, 5)]
+    assert batch.inputs["clips"] == (0, 1, 0)
     patches = [world.media.get(key).inputs["pixel_values_videos"].shape[0] for key in first[1]]
     assert batch.inputs["pixel_values_videos"].shape[0] == sum(patches)
     calls = []
@@ -214,6 +214,20 @@ def test_what_is_shared_is_there_once(worlds, family):
         world.policy(**batch.inputs)
     hook.remove()
     assert calls[0][0] == sum(patches) and len(calls) == 1
+
+
+def test_equal_lengths_stand_side_by_side(worlds):
+    world = worlds("qwen3_vl")
+    prompts = [world.prompt([0], words) for words in (0, 2, 1)]
+    lengths = [(0, 4), (1, 7), (0, 2), (2, 3), (1, 7), (0, 4)]
+    rows = [world.trajectory(prompts[p], c, seed) for seed, (p, c) in enumerate(lengths)]
+    layout = collate(rows, world.policy, world.media).inputs["layout"]
+    assert [g.completions for g in layout.groups] == [(3,), (2, 4, 4), (7, 7)]
+    alone = [world.trajectory(prompts[p], c, 0) for p, c in ((0, 9), (1, 3), (2, 8), (0, 9))]
+    alone[3] = world.trajectory(world.prompt([1], 0), 9, 0)  # another clip
+    layout = collate(alone, world.policy, world.media).inputs["layout"]
+    lengths = [g.stop - g.start for g in layout.groups]
+    assert lengths == sorted(lengths)
 
 
 def test_bf16_under_autocast(worlds):

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 
 from rl import scoring
 from rl.errors import TrajectoryError
-from rl.policy import packed_attention, scores
+from rl.policy import linear_scores, packed_attention, scores
 from rl.policy.density import log_density
 from rl.policy.layout import PackLayout
 from rl.policy.model import LatentPolicy
@@ -254,7 +254,12 @@ def positions_run_on(monkeypatch):
 
 
 def bans_forgotten(monkeypatch):
-    monkeypatch.setattr("rl.policy.scores.text_logits", lambda logits, may_start, tokens: logits)
+    original = linear_scores._logits
+
+    def free(rows, weight, bias, kinds, *rest):
+        return original(rows, weight, bias, torch.full_like(kinds, Slot.DECISION), *rest)
+
+    monkeypatch.setattr("rl.policy.linear_scores._logits", free)
 
 
 @pytest.mark.parametrize(
