@@ -1,10 +1,10 @@
 """LA-DAPO: DAPO for policies that think in latents, on TRL's GRPOTrainer.
 
-The one file that touches TRL's private members (`TRL_MEMBERS`, pinned by a test). What TRL keeps:
-the sampler, reward statistics and advantages, the clipped token term and its KL, metrics,
-callbacks, checkpoints, PEFT. What is ours: the rollouts come from a pool and carry their latents,
-the group filter looks at outcomes and refills, log-probs are an exact replay with the stored
-latents fed back, and the latent term.
+With `rl.la_dapo_loss` the one place that touches TRL's private members (`TRL_MEMBERS`, pinned by a
+test). What TRL keeps: the sampler, reward statistics and advantages, the clipped token term and its
+KL, metrics, callbacks, checkpoints, PEFT. What is ours: the rollouts come from a pool and carry
+their latents, the group filter looks at outcomes and refills, groups stay together, log-probs are
+an exact replay with the stored latents fed back, and the latent term.
 
 Source: LA-DAPO is the trainer of Future-L1 (arXiv 2606.05769); its released code scores text
 without the latents it was conditioned on and compares each latent with the wrong hidden state, so
@@ -21,24 +21,21 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import gather, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from torch.nn.functional import pad
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rl.checkpoints import CompleteCheckpoints, read_state
 from rl.collecting import CollectedGroup, GroupCollector, ScoredRollout, rollout_metrics
 from rl.errors import ObjectiveError, PolicyError, SyncError
 from rl.interfaces import GroupScores, Rollouts, Scorer
 from rl.la_dapo_config import LADAPOConfig
-from rl.latent_term import MEANS, latent_term
-from rl.microbatches import Passes, deal_groups, take_rows
+from rl.la_dapo_loss import ReplayLoss, gathered
+from rl.microbatches import Passes, deal_groups
 from rl.policy.model import LatentPolicy
 from rl.policy.protocol import Slot
 from rl.reward_table import reward_table
-from rl.scoring import Replay, replay_gaps
 from rl.trajectory import Sample, Sampling, Trajectory
 from rl.weights import weight_update
 
@@ -62,7 +59,7 @@ TRL_MEMBERS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-class LADAPOTrainer(GRPOTrainer):
+class LADAPOTrainer(ReplayLoss):
     """Trains a `LatentPolicy` on trajectories sampled by `rollouts` and scored by `scorer`.
 
     `model` is the policy, `samples` the prompts, `processing_class` its processor (saved with each
@@ -71,8 +68,6 @@ class LADAPOTrainer(GRPOTrainer):
     when the latent term is asked for and the policy has no noise.
     """
 
-    args: LADAPOConfig  # narrower than TRL's
-    model: Any
     num_generations: int
     num_generations_eval: int
     max_completion_length: int
@@ -101,8 +96,6 @@ class LADAPOTrainer(GRPOTrainer):
         self.samples = {s.id: s for s in (*samples, *(eval_samples or ()))}
         self._handed: list[CollectedGroup] = []
         self._rewards: torch.Tensor | None = None
-        self._replaying: dict[str, Any] | None = None  # the inputs of the loss
-        self._replayed: Replay | None = None
         self._synced_step: int | None = None
         # By mode: the step of the last rollout, and its number in that step.
         self._last_sampled: dict[str, tuple[int, int]] = {}
@@ -184,6 +177,29 @@ class LADAPOTrainer(GRPOTrainer):
             return prepare_fsdp(reference, self.accelerator)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
+    def _score_reference(
+        self, trajectories: Sequence[Trajectory], out: dict[str, Any]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The reference policy's log-probs [B, C], and its latent means, one tensor [L_i, H] a
+        trajectory.
+        """
+        logps = torch.zeros(out["completion_ids"].shape, device=self.accelerator.device)
+        means = [torch.empty(0)] * len(trajectories)
+        with self._reference_policy() as model:
+            for row, logprobs, of_latents in self.passes.score(model, trajectories):
+                logps[row, : len(logprobs)] = logprobs
+                means[row] = of_latents
+        return logps, means
+
+    @contextmanager
+    def _reference_policy(self) -> Any:
+        adapters: Any = nullcontext()
+        if self.ref_model is None:
+            peft: PeftModel = self.accelerator.unwrap_model(self.model)
+            adapters = peft.disable_adapter()
+        with adapters:
+            yield self.ref_model if self.ref_model is not None else self.model
+
     def sync_weights(self) -> None:
         """Bring the workers to the current weights, if they are not there yet."""
         if self._synced_step == self.state.global_step:
@@ -203,6 +219,8 @@ class LADAPOTrainer(GRPOTrainer):
         self.accelerator.wait_for_everyone()
         self._synced_step = self.state.global_step
 
+    # -- rollouts: sample, score, filter, refill ------------------------------------------------
+
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """As TRL's, which samples once for several steps and deals the rows out at random, but
         whole groups at a time: rows of one group share the computation of their prompt.
@@ -214,8 +232,6 @@ class LADAPOTrainer(GRPOTrainer):
             batch = self._generate_and_score_completions(generation_batch)
             self._buffered_inputs = deal_groups(batch, self.num_generations, steps)
         return self._buffered_inputs[self._step % steps]
-
-    # -- rollouts: sample, score, filter, refill ------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
@@ -255,7 +271,7 @@ class LADAPOTrainer(GRPOTrainer):
         out["old_per_token_logps"] = out["sampling_per_token_logps"]
         trained = (out["completion_mask"] * out["tool_mask"]).any(dim=1).tolist()
         latents = sum(len(t.latents) for t, on in zip(trajectories, trained, strict=True) if on)
-        out["num_latents_in_batch"] = _gather(
+        out["num_latents_in_batch"] = gathered(
             torch.tensor(float(latents), device=self.accelerator.device)
         ).sum()
         out["trajectories"] = trajectories
@@ -290,173 +306,7 @@ class LADAPOTrainer(GRPOTrainer):
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> torch.Tensor:
         assert self._rewards is not None
-        return _gather(self._rewards.to(self.accelerator.device))
-
-    # -- replay: TRL asks for log-probs, we score the stored trajectories --------------------------
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-        compute_aux_loss: bool = False,
-        **_: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        if compute_aux_loss:
-            raise ObjectiveError(
-                "router_aux_loss_coef is not supported: replay has no router logits"
-            )
-        if self._replaying is None:
-            # The old policy's pass: the sampler's own log-probs are exact, and `out` takes them
-            # anyway.
-            return (
-                input_ids.new_zeros((len(input_ids), logits_to_keep), dtype=torch.float32),
-                None,
-                None,
-            )
-        # Rows of other passes keep the sampler's log-probs: their ratio is 1, and they are masked.
-        logps = self._replaying["old_per_token_logps"].clone()
-        entropies = torch.zeros_like(logps)
-        rows = self._replaying.get("rows") or list(range(len(logps)))
-        trajectories = self._replaying["trajectories"]
-        self._replayed = found = self.passes.replay(model, [trajectories[row] for row in rows])
-        wider = (0, logits_to_keep - found.logprobs.size(1))
-        logps[rows], entropies[rows] = pad(found.logprobs, wider), pad(found.entropies, wider)
-        return logps, entropies if compute_entropy else None, None
-
-    def _score_reference(
-        self, trajectories: Sequence[Trajectory], out: dict[str, Any]
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The reference policy's log-probs [B, C], and its latent means, one tensor [L_i, H] a
-        trajectory.
-        """
-        logps = torch.zeros(out["completion_ids"].shape, device=self.accelerator.device)
-        means = [torch.empty(0)] * len(trajectories)
-        with self._reference_policy() as model:
-            for row, logprobs, of_latents in self.passes.score(model, trajectories):
-                logps[row, : len(logprobs)] = logprobs
-                means[row] = of_latents
-        return logps, means
-
-    @contextmanager
-    def _reference_policy(self) -> Any:
-        adapters: Any = nullcontext()
-        if self.ref_model is None:
-            peft: PeftModel = self.accelerator.unwrap_model(self.model)
-            adapters = peft.disable_adapter()
-        with adapters:
-            yield self.ref_model if self.ref_model is not None else self.model
-
-    # -- the loss ----------------------------------------------------------------------------------
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: Any,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> torch.Tensor:
-        """The loss of one micro-batch of TRL's. Under a token budget it is computed in passes: the
-        gradients of all but the last are added here already, and only the last one's graph is left
-        to the caller.
-
-        A pass has all rows, so that processes can put their metrics together, and all but its own
-        are masked.
-        """
-        if self.args.max_tokens_per_microbatch is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        plan = self.passes.plan(inputs["trajectories"])
-        parts = [{**inputs, **self._part(inputs, rows, len(plan))} for rows in plan]
-        before = torch.zeros((), device=self.accelerator.device)
-        for part in parts[:-1]:
-            with self.accelerator.no_sync(model):
-                loss = super().compute_loss(model, part, return_outputs, num_items_in_batch)
-                if torch.is_grad_enabled():
-                    self.accelerator.backward(loss)
-            before += loss.detach()
-        return before + super().compute_loss(model, parts[-1], return_outputs, num_items_in_batch)
-
-    def _part(self, inputs: dict[str, Any], rows: list[int], passes: int) -> dict[str, Any]:
-        """What differs between a micro-batch and the pass of these of its rows."""
-        mask = torch.zeros_like(inputs["completion_mask"])
-        mask[rows] = inputs["completion_mask"][rows]
-        part = {"rows": rows, "passes": passes, "completion_mask": mask}
-        if self.loss_type == "bnpo":  # the one loss that divides by the tokens it is given
-            tokens, of_all = (
-                (m * inputs["tool_mask"]).sum() for m in (mask, inputs["completion_mask"])
-            )
-            part["share"] = float(tokens / of_all.clamp(min=1))
-        return part
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        self._replaying = inputs
-        try:
-            loss = super()._compute_loss(model, inputs) * inputs.get("share", 1.0)
-        finally:
-            self._replaying = None
-        assert self._replayed is not None
-        replayed, self._replayed = self._replayed, None
-        own = take_rows(inputs, inputs["rows"]) if "rows" in inputs else inputs
-        self._check_mismatch(replayed, own)
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        alone = sum(len(t.prompt_ids) + len(t.completion_ids) for t in own["trajectories"])
-        metrics["passes/tokens"].append(replayed.tokens)
-        metrics["passes/shared"].append(1.0 - replayed.tokens / alone)
-        return loss + self._latent_loss(replayed, own)
-
-    def _latent_loss(self, replayed: Replay, inputs: dict[str, Any]) -> torch.Tensor:
-        """α·L_latent + β_z·KL_latent, normalised by the latents of the whole batch as TRL does it
-        with tokens.
-        """
-        mode = "train" if self.model.training else "eval"
-        normalizer = inputs["num_latents_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        parts = inputs.get("passes", 1)  # of an update's latents
-        if mode == "train":
-            steps: Any = self.args.steps_per_generation
-            normalizer = normalizer * self.current_gradient_accumulation_steps / steps
-            parts *= self.current_gradient_accumulation_steps
-        term = latent_term(
-            replayed,
-            inputs["trajectories"],
-            inputs["advantages"],
-            # Rows without a trained token (dropped groups, masked truncations) train no latent.
-            (inputs["completion_mask"] * inputs["tool_mask"]).any(dim=1),
-            normalizer,
-            self.args,
-            self.policy.protocol,
-            inputs.get("reference_means"),
-        )
-        loss, *sums, count = _gather(term.totals[None]).sum(0).tolist()
-        metrics = self._metrics[mode]
-        if inputs["num_latents_in_batch"] > 0:
-            metrics["latents/loss"].append(loss * parts / self.accelerator.num_processes)
-        if count:
-            for name, total in zip(MEANS, sums, strict=True):
-                if name != "kl" or self.args.latent_beta != 0.0:
-                    metrics[f"latents/{name}"].append(total / count)
-        return term.loss
-
-    @torch.no_grad()
-    def _check_mismatch(self, replayed: Replay, inputs: dict[str, Any]) -> None:
-        """Log how far replay is from the sampler, where no update has come between them yet."""
-        trajectories: list[Trajectory] = inputs["trajectories"]
-        if any(t.policy_version != self.state.global_step for t in trajectories):
-            return
-        gaps = replay_gaps(replayed, trajectories)
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["replay/max_gap"].append(gaps.tokens)
-        metrics["replay/max_latent_gap"].append(gaps.latents)
-        # Written so that NaN is a mismatch too.
-        if self.args.max_mismatch is not None and not gaps.largest <= self.args.max_mismatch:
-            raise ObjectiveError(
-                f"at step {self.state.global_step} the trainer's log-probs are {gaps.tokens:.2g} "
-                f"(tokens) and {gaps.latents:.2g} (latents) away from the sampler's, and "
-                f"max_mismatch is {self.args.max_mismatch}; the workers hold other weights or see "
-                "other inputs, and ratios would be wrong"
-            )
+        return gathered(self._rewards.to(self.accelerator.device))
 
     # -- resuming ----------------------------------------------------------------------------------
 
@@ -512,12 +362,6 @@ def _check(model: Any, args: LADAPOConfig) -> None:
 def _scored_already(**_: Any) -> list[float | None]:
     """Stands where TRL wants a reward function. Never called: see `_calculate_rewards`."""
     raise NotImplementedError
-
-
-def _gather(value: torch.Tensor) -> torch.Tensor:
-    """The tensors of all processes, one after the other."""
-    gathered: Any = gather(value)
-    return gathered
 
 
 def _dataset(samples: Sequence[Sample]) -> Dataset:

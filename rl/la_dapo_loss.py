@@ -1,0 +1,181 @@
+"""The loss of LA-DAPO on TRL: log-probs from a replay, passes under a token budget, latents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import gather
+from torch.nn.functional import pad
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from rl.errors import ObjectiveError
+from rl.la_dapo_config import LADAPOConfig
+from rl.latent_term import MEANS, latent_term
+from rl.microbatches import Passes, take_rows
+from rl.policy.model import LatentPolicy
+from rl.scoring import Replay, replay_gaps
+from rl.trajectory import Trajectory
+
+
+class ReplayLoss(GRPOTrainer):
+    """A `GRPOTrainer` whose batches hold `trajectories`, and whose log-probs are their replay.
+
+    Part of `LADAPOTrainer`, which makes such batches.
+    """
+
+    args: LADAPOConfig  # narrower than TRL's
+    model: Any
+    policy: LatentPolicy  # inside whatever wraps it
+    passes: Passes
+    _replaying: dict[str, Any] | None = None  # the inputs of the loss that is computed
+    _replayed: Replay | None = None  # and what came of them
+
+    # -- replay: TRL asks for log-probs, we score the stored trajectories --------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **_: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        if compute_aux_loss:
+            raise ObjectiveError(
+                "router_aux_loss_coef is not supported: replay has no router logits"
+            )
+        if self._replaying is None:
+            # The old policy's pass: the sampler's own log-probs are exact, and `out` takes them
+            # anyway.
+            return (
+                input_ids.new_zeros((len(input_ids), logits_to_keep), dtype=torch.float32),
+                None,
+                None,
+            )
+        # Rows of other passes keep the sampler's log-probs: their ratio is 1, and they are masked.
+        logps = self._replaying["old_per_token_logps"].clone()
+        entropies = torch.zeros_like(logps)
+        rows = self._replaying.get("rows") or list(range(len(logps)))
+        trajectories = self._replaying["trajectories"]
+        self._replayed = found = self.passes.replay(model, [trajectories[row] for row in rows])
+        wider = (0, logits_to_keep - found.logprobs.size(1))
+        logps[rows], entropies[rows] = pad(found.logprobs, wider), pad(found.entropies, wider)
+        return logps, entropies if compute_entropy else None, None
+
+    # -- the loss ----------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor:
+        """The loss of one micro-batch of TRL's. Under a token budget it is computed in passes: the
+        gradients of all but the last are added here already, and only the last one's graph is left
+        to the caller.
+
+        A pass has all rows, so that processes can put their metrics together, and all but its own
+        are masked.
+        """
+        if self.args.max_tokens_per_microbatch is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        plan = self.passes.plan(inputs["trajectories"])
+        parts = [{**inputs, **self._part(inputs, rows, len(plan))} for rows in plan]
+        before = torch.zeros((), device=self.accelerator.device)
+        for part in parts[:-1]:
+            with self.accelerator.no_sync(model):
+                loss = super().compute_loss(model, part, return_outputs, num_items_in_batch)
+                if torch.is_grad_enabled():
+                    self.accelerator.backward(loss)
+            before += loss.detach()
+        return before + super().compute_loss(model, parts[-1], return_outputs, num_items_in_batch)
+
+    def _part(self, inputs: dict[str, Any], rows: list[int], passes: int) -> dict[str, Any]:
+        """What differs between a micro-batch and the pass of these of its rows."""
+        mask = torch.zeros_like(inputs["completion_mask"])
+        mask[rows] = inputs["completion_mask"][rows]
+        part = {"rows": rows, "passes": passes, "completion_mask": mask}
+        if self.loss_type == "bnpo":  # the one loss that divides by the tokens it is given
+            tokens, of_all = (
+                (m * inputs["tool_mask"]).sum() for m in (mask, inputs["completion_mask"])
+            )
+            part["share"] = float(tokens / of_all.clamp(min=1))
+        return part
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        self._replaying = inputs
+        try:
+            loss = super()._compute_loss(model, inputs) * inputs.get("share", 1.0)
+        finally:
+            self._replaying = None
+        assert self._replayed is not None
+        replayed, self._replayed = self._replayed, None
+        own = take_rows(inputs, inputs["rows"]) if "rows" in inputs else inputs
+        self._check_mismatch(replayed, own)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        alone = sum(len(t.prompt_ids) + len(t.completion_ids) for t in own["trajectories"])
+        metrics["passes/tokens"].append(replayed.tokens)
+        metrics["passes/shared"].append(1.0 - replayed.tokens / alone)
+        return loss + self._latent_loss(replayed, own)
+
+    def _latent_loss(self, replayed: Replay, inputs: dict[str, Any]) -> torch.Tensor:
+        """α·L_latent + β_z·KL_latent, normalised by the latents of the whole batch as TRL does it
+        with tokens.
+        """
+        mode = "train" if self.model.training else "eval"
+        normalizer = inputs["num_latents_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        parts = inputs.get("passes", 1)  # of an update's latents
+        if mode == "train":
+            steps: Any = self.args.steps_per_generation
+            normalizer = normalizer * self.current_gradient_accumulation_steps / steps
+            parts *= self.current_gradient_accumulation_steps
+        term = latent_term(
+            replayed,
+            inputs["trajectories"],
+            inputs["advantages"],
+            # Rows without a trained token (dropped groups, masked truncations) train no latent.
+            (inputs["completion_mask"] * inputs["tool_mask"]).any(dim=1),
+            normalizer,
+            self.args,
+            self.policy.protocol,
+            inputs.get("reference_means"),
+        )
+        loss, *sums, count = gathered(term.totals[None]).sum(0).tolist()
+        metrics = self._metrics[mode]
+        if inputs["num_latents_in_batch"] > 0:
+            metrics["latents/loss"].append(loss * parts / self.accelerator.num_processes)
+        if count:
+            for name, total in zip(MEANS, sums, strict=True):
+                if name != "kl" or self.args.latent_beta != 0.0:
+                    metrics[f"latents/{name}"].append(total / count)
+        return term.loss
+
+    @torch.no_grad()
+    def _check_mismatch(self, replayed: Replay, inputs: dict[str, Any]) -> None:
+        """Log how far replay is from the sampler, where no update has come between them yet."""
+        trajectories: list[Trajectory] = inputs["trajectories"]
+        if any(t.policy_version != self.state.global_step for t in trajectories):
+            return
+        gaps = replay_gaps(replayed, trajectories)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["replay/max_gap"].append(gaps.tokens)
+        metrics["replay/max_latent_gap"].append(gaps.latents)
+        # Written so that NaN is a mismatch too.
+        if self.args.max_mismatch is not None and not gaps.largest <= self.args.max_mismatch:
+            raise ObjectiveError(
+                f"at step {self.state.global_step} the trainer's log-probs are {gaps.tokens:.2g} "
+                f"(tokens) and {gaps.latents:.2g} (latents) away from the sampler's, and "
+                f"max_mismatch is {self.args.max_mismatch}; the workers hold other weights or see "
+                "other inputs, and ratios would be wrong"
+            )
+
+
+def gathered(value: torch.Tensor) -> torch.Tensor:
+    """The tensors of all processes, one after the other."""
+    found: Any = gather(value)
+    return found
