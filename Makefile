@@ -81,9 +81,11 @@ format: $(STAMP)  ## Let ruff rewrite the files
 quickstart: $(STAMP)  ## Train the tiny video model, from MP4 files to an exported policy (ARGS)
 	$(BIN)/foresight quickstart $(ARGS)
 
-bench: $(VLLM_STAMP)  ## Measure exactness, rewards and engines (docs/exactness.md, docs/rewards.md, docs/vllm.md)
+bench: $(VLLM_STAMP)  ## Measure exactness, rewards, updates, memory and engines: the tables in docs/
 	$(BIN)/python -m benchmarks.exactness
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rewards
+	$(BIN)/python -m benchmarks.update
+	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.rollout
 
 clean:  ## Remove caches and build products; .venv and runs/ stay

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.shapes import SIZES
+from benchmarks.shapes import SIZES, config_of
 from rl.interfaces import GroupScores, ScoringLog, WeightUpdate
 from rl.la_dapo import LADAPOTrainer
 from rl.la_dapo_config import LADAPOConfig
@@ -34,7 +34,7 @@ from rl.memory import (
     random_policy,
 )
 from rl.trajectory import RolloutRequest, Sample, TrajectoryGroup
-from tests.tiny import MERGE, PATCH, TEMPORAL, tiny_model, tiny_processor
+from tests.tiny import tiny_model, tiny_processor
 
 # glibc would keep freed memory in its arenas and count it as held: large blocks go back at once.
 ENVIRONMENT = {
@@ -73,7 +73,7 @@ class Case:
 
             peft_config = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
         return MemorySetting(
-            model=config_of(self.size),
+            model=tiny_model().config if self.size == "tests" else config_of(SIZES[self.size]),
             grid=self.grid,
             text_tokens=48,
             group_size=self.group_size,
@@ -99,54 +99,6 @@ class Case:
             f"{self.micro_batches} micro-batches" if self.micro_batches > 1 else "",
         ]
         return ", ".join(m for m in marks if m)
-
-
-def config_of(size: str) -> Any:
-    """The config of a plain Qwen3-VL of that size."""
-    # Not before `rl` is imported, which makes torchvision's CUDA build importable.
-    from transformers import Qwen3VLConfig
-
-    if size == "tests":
-        return tiny_model("qwen3_vl").config
-    s = SIZES[size]
-    third = s.head_dim // 6
-    rope = {
-        "rope_type": "default",
-        "rope_theta": 5e6,
-        "mrope_section": [s.head_dim // 2 - 2 * third, third, third],
-        "mrope_interleaved": True,
-    }
-    real = size in ("2b", "8b")  # else patches are those of the tests' processor
-    return Qwen3VLConfig(
-        text_config={
-            "vocab_size": s.vocabulary,
-            "hidden_size": s.hidden,
-            "intermediate_size": s.inner,
-            "num_hidden_layers": s.layers,
-            "num_attention_heads": s.heads,
-            "num_key_value_heads": s.kv_heads,
-            "head_dim": s.head_dim,
-            "max_position_embeddings": 32768,
-            "rope_parameters": rope,
-        },
-        vision_config={
-            "depth": s.vision_depth,
-            "hidden_size": s.vision_hidden,
-            "intermediate_size": s.vision_inner,
-            "num_heads": s.vision_heads,
-            "out_hidden_size": s.hidden,
-            "patch_size": 16 if real else PATCH,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": TEMPORAL,
-            "num_position_embeddings": 2304,
-            "deepstack_visual_indexes": list(s.deepstack),
-        },
-        image_token_id=s.vocabulary - 8,
-        video_token_id=s.vocabulary - 7,
-        vision_start_token_id=s.vocabulary - 6,
-        vision_end_token_id=s.vocabulary - 5,
-        tie_word_embeddings=s.tied,
-    )
 
 
 # -- the measured run ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 
 from rl.policy.model import make_policy
 from rl.policy.protocol import LatentProtocol
-from tests.tiny import MERGE, PATCH, TEMPORAL, tiny_processor
+from tests.tiny import MERGE, PATCH, TEMPORAL, tiny_processor, tiny_tokenizer
 
 
 @dataclass(frozen=True)
@@ -82,24 +82,16 @@ def machine(device: torch.device) -> str:
     return f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
 
 
-def write_policy(
-    folder: Path,
-    size: Size,
-    protocol: LatentProtocol,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Any:
-    """Save a random policy of that size and its processor to `folder`; returns the processor.
+def config_of(size: Size, patch: int = PATCH) -> Any:
+    """The config of a plain Qwen3-VL of that size, with the special tokens of the tests' tokenizer.
 
-    The weights are made on `device`, where large ones take seconds instead of minutes.
+    Patches are those of the tests' processor unless given, so that a clip is a few pixels.
     """
-    # Not before `rl` is imported, which makes torchvision's CUDA build importable.
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import Qwen3VLConfig
 
-    processor = tiny_processor()
-    token = processor.tokenizer.convert_tokens_to_ids
-    third = size.head_dim // 6
-    config = Qwen3VLConfig(
+    tokenizer, third = tiny_tokenizer(), size.head_dim // 6
+    token: Any = tokenizer.convert_tokens_to_ids
+    return Qwen3VLConfig(
         text_config={
             "vocab_size": size.vocabulary,
             "hidden_size": size.hidden,
@@ -115,18 +107,17 @@ def write_policy(
                 "mrope_section": [size.head_dim // 2 - 2 * third, third, third],
                 "mrope_interleaved": True,
             },
-            "pad_token_id": processor.tokenizer.pad_token_id,
-            "eos_token_id": processor.tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
             "bos_token_id": None,
         },
-        # Patches are those of the tests' processor, so that a clip is a few tokens.
         vision_config={
             "depth": size.vision_depth,
             "hidden_size": size.vision_hidden,
             "intermediate_size": size.vision_inner,
             "num_heads": size.vision_heads,
             "out_hidden_size": size.hidden,
-            "patch_size": PATCH,
+            "patch_size": patch,
             "spatial_merge_size": MERGE,
             "temporal_patch_size": TEMPORAL,
             "num_position_embeddings": 2304,
@@ -138,6 +129,24 @@ def write_policy(
         vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=size.tied,
     )
+
+
+def write_policy(
+    folder: Path,
+    size: Size,
+    protocol: LatentProtocol,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Any:
+    """Save a random policy of that size and its processor to `folder`; returns the processor.
+
+    The weights are made on `device`, where large ones take seconds instead of minutes.
+    """
+    # Not before `rl` is imported, which makes torchvision's CUDA build importable.
+    from transformers import Qwen3VLForConditionalGeneration
+
+    processor = tiny_processor()
+    config = config_of(size)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as plain:
         with device:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import gc
 import time
-import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from benchmarks.shapes import Size
 from benchmarks.update_cases import Case, clip_grid
+from rl.dry_run import DryRun
 from tests.tiny import MERGE, PATCH, TEMPORAL
 
 # Dense bf16 peaks in TFLOP/s without sparsity, of NVIDIA's data sheets. The first name that is part
@@ -70,48 +67,11 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         work()
         _wait(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with LiveBytes() as meter:
+    run = DryRun()
+    before = run.hold(t for t in gc.get_objects() if issubclass(type(t), torch.Tensor))
+    with run.watching():
         work()
-    return meter.peak
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operators make while it is on, and takes them off when they
-    are freed. Scratch space inside an operator is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {id(s) for s in _storages((args, kwargs))}
-        for storage in _storages(out):
-            if storage in self._seen:
-                continue
-            self._seen[storage] = None
-            if id(storage) not in given:  # else it is older than this meter
-                size = storage.nbytes()
-                self.live += size
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._free, size).atexit = False
-        return out
-
-    def _free(self, size: int) -> None:
-        self.live -= size
-
-
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    found = []
-    for leaf in tree_iter(tree):
-        if isinstance(leaf, torch.Tensor):
-            with suppress(NotImplementedError):  # a sparse tensor has none
-                found.append(leaf.untyped_storage())
-    return found
+    return run.peak - before
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,12 @@ class DryRun:
         with self._fake, _Counting(self):
             yield
 
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Where code runs on real tensors, and is counted just the same."""
+        with _Watching(self):
+            yield
+
     def hold(self, tensors: Iterable[torch.Tensor]) -> int:
         """Count tensors that exist already; returns their bytes."""
         before = self.live
@@ -150,6 +156,25 @@ class _Counting(TorchDispatchMode):
                 out = func(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
+        self._run.note(func, args, out)
+        return out
+
+
+class _Watching(TorchDispatchMode):
+    """Counts what real ops return."""
+
+    def __init__(self, run: DryRun) -> None:
+        super().__init__()
+        self._run = run
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
         self._run.note(func, args, out)
         return out
 

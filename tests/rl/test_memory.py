@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.memory import CASES, Case, measure
 from rl.dry_run import DryRun
@@ -38,19 +37,6 @@ def setting() -> MemorySetting:
     return MemorySetting(config, (4, 8, 8), 12, group_size=3, completion_tokens=40, groups=2)
 
 
-class Counting(TorchDispatchMode):
-    """`DryRun`'s count, of tensors that are real."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.run = DryRun()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.run.note(func, args, out)
-        return out
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_tensors_without_memory_count_as_real_ones(setting, family, checkpointing):
@@ -60,15 +46,13 @@ def test_tensors_without_memory_count_as_real_ones(setting, family, checkpointin
     policy = random_policy(setting)
     model = trained_model(policy, setting)
     media = ExampleMedia(setting, policy.config)
-    counting = Counting()
-    weights = counting.run.hold([*model.parameters(), *model.buffers()])
-    with counting:
+    run = DryRun()
+    weights = run.hold([*model.parameters(), *model.buffers()])
+    with run.watching():
         backward(model, policy, setting, media)
     assert weights == estimate.weights
     # Some integers that the fake run never sees as one op's result are the difference.
-    assert estimate.gradients + estimate.activations == pytest.approx(
-        counting.run.peak - weights, rel=0.01
-    )
+    assert estimate.gradients + estimate.activations == pytest.approx(run.peak - weights, rel=0.01)
 
 
 def test_parts(setting):
