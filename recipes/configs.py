@@ -10,6 +10,7 @@ from recipes.loading import Recipe
 from recipes.schema import LADAPORecipe, LoraSection
 from rl.errors import ForesightError, RecipeError
 from rl.export import CHECKPOINTS
+from rl.policy.adapters import with_whole_head
 
 
 def config_class(recipe: Recipe) -> type[Any]:
@@ -74,7 +75,4 @@ def with_adapters(policy: Any, section: LoraSection | None) -> Any:
         return policy
     from peft import get_peft_model
 
-    config = lora_config(section)
-    if any(True for _ in policy.latent_head.parameters()):
-        config.modules_to_save = ["latent_head"]
-    return get_peft_model(policy, config)
+    return get_peft_model(policy, with_whole_head(lora_config(section), policy))

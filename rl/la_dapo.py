@@ -32,7 +32,8 @@ from rl.errors import ObjectiveError, PolicyError, SyncError
 from rl.interfaces import GroupScores, Rollouts, Scorer
 from rl.la_dapo_config import LADAPOConfig
 from rl.la_dapo_loss import ReplayLoss, gathered
-from rl.microbatches import Passes, deal_groups
+from rl.passes import Passes, deal_groups
+from rl.policy.adapters import with_whole_head
 from rl.policy.model import LatentPolicy
 from rl.policy.protocol import Slot
 from rl.reward_table import reward_table
@@ -99,10 +100,8 @@ class LADAPOTrainer(ReplayLoss):
         self._synced_step: int | None = None
         # By mode: the step of the last rollout, and its number in that step.
         self._last_sampled: dict[str, tuple[int, int]] = {}
-        if peft_config is not None and any(True for _ in model.latent_head.parameters()):
-            adapters: Any = copy.deepcopy(peft_config)
-            adapters.modules_to_save = sorted({*(adapters.modules_to_save or ()), "latent_head"})
-            peft_config = adapters
+        if peft_config is not None:
+            peft_config = with_whole_head(peft_config, model)
         wants_reference = args.beta != 0.0 or args.latent_beta != 0.0
         reference = copy.deepcopy(model) if wants_reference and peft_config is None else None
         args.reward_weights = list(scorer.weights)

@@ -92,11 +92,7 @@ class LADAPOConfig(GRPOConfig):
                 f"need 0 <= filter_low < filter_high <= 1, got {self.filter_low} and "
                 f"{self.filter_high}"
             )
-        if self.max_tokens_per_microbatch is not None and self.max_tokens_per_microbatch < 1:
-            raise ObjectiveError(
-                f"max_tokens_per_microbatch is {self.max_tokens_per_microbatch}; it must be at "
-                "least 1, or None"
-            )
+        self._check_budget()
         if self.max_refills < 0:
             raise ObjectiveError(f"max_refills is {self.max_refills}; it must be >= 0")
         if self.temperature <= 0:
@@ -129,3 +125,23 @@ class LADAPOConfig(GRPOConfig):
                     f"{name} is TRL's own generation; rollouts come from the pool instead"
                 )
         reduce_width(torch.zeros(1), 1, self.latent_reduction)
+
+    def _check_budget(self) -> None:
+        if self.max_tokens_per_microbatch is None:
+            return
+        if self.max_tokens_per_microbatch < 1:
+            raise ObjectiveError(
+                f"max_tokens_per_microbatch is {self.max_tokens_per_microbatch}; it must be at "
+                "least 1, or None"
+            )
+        if self.top_entropy_quantile < 1.0:
+            raise ObjectiveError(
+                f"top_entropy_quantile={self.top_entropy_quantile} compares all tokens of a "
+                "micro-batch, which max_tokens_per_microbatch computes in passes; leave one of "
+                "them out"
+            )
+        if self.optim in ("lomo", "adalomo"):
+            raise ObjectiveError(
+                f"optim={self.optim} updates weights in every backward pass, of which "
+                "max_tokens_per_microbatch makes several; leave one of them out"
+            )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,10 +15,13 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from rl.errors import ObjectiveError
 from rl.la_dapo_config import LADAPOConfig
 from rl.latent_term import MEANS, latent_term
-from rl.microbatches import Passes, take_rows
+from rl.passes import Passes, take_rows
 from rl.policy.model import LatentPolicy
 from rl.scoring import Replay, replay_gaps
 from rl.trajectory import Trajectory
+
+OVER_LATENTS = {f"latents/{name}" for name in MEANS}
+ADDED = {"latents/loss", "latents/trained"}
 
 
 class ReplayLoss(GRPOTrainer):
@@ -85,26 +91,40 @@ class ReplayLoss(GRPOTrainer):
         if self.args.max_tokens_per_microbatch is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         plan = self.passes.plan(inputs["trajectories"])
-        parts = [{**inputs, **self._part(inputs, rows, len(plan))} for rows in plan]
-        before = torch.zeros((), device=self.accelerator.device)
-        for part in parts[:-1]:
-            with self.accelerator.no_sync(model):
-                loss = super().compute_loss(model, part, return_outputs, num_items_in_batch)
-                if torch.is_grad_enabled():
-                    self.accelerator.backward(loss)
-            before += loss.detach()
-        return before + super().compute_loss(model, parts[-1], return_outputs, num_items_in_batch)
+        parts = [{**inputs, **self._part(inputs, rows)} for rows in plan]
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        logged = [(name, len(values)) for name, values in metrics.items()]
+        found: list[dict[str, list[float]]] = []
+        loss = torch.zeros((), device=self.accelerator.device)
+        for part in parts:
+            last = part is parts[-1]
+            with nullcontext() if last else self._without_sync(model):
+                share = super().compute_loss(model, part, return_outputs, num_items_in_batch)
+                if not last and torch.is_grad_enabled():
+                    self.accelerator.backward(share)
+            loss = loss + (share if last else share.detach())
+            found.append(_take_new(metrics, dict(logged)))
+        tokens = torch.stack([(p["completion_mask"] * p["tool_mask"]).sum() for p in parts])
+        weights = gathered(tokens[None].float()).sum(0).tolist()
+        by_row = self.importance_sampling_level == "sequence"
+        for name, value in merge_metrics(found, weights, by_row=by_row).items():
+            metrics[name].append(value)
+        return loss
 
-    def _part(self, inputs: dict[str, Any], rows: list[int], passes: int) -> dict[str, Any]:
+    def _without_sync(self, model: Any) -> Any:
+        """Where gradients wait to be summed over processes, unless they are sharded: then each
+        process would have to keep whole ones in the meantime.
+        """
+        return nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
+
+    def _part(self, inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
         """What differs between a micro-batch and the pass of these of its rows."""
         mask = torch.zeros_like(inputs["completion_mask"])
         mask[rows] = inputs["completion_mask"][rows]
-        part = {"rows": rows, "passes": passes, "completion_mask": mask}
+        part = {"rows": rows, "completion_mask": mask}
         if self.loss_type == "bnpo":  # the one loss that divides by the tokens it is given
-            tokens, of_all = (
-                (m * inputs["tool_mask"]).sum() for m in (mask, inputs["completion_mask"])
-            )
-            part["share"] = float(tokens / of_all.clamp(min=1))
+            own, whole = mask * inputs["tool_mask"], inputs["completion_mask"] * inputs["tool_mask"]
+            part["share"] = float(own.sum() / whole.sum().clamp(min=1))
         return part
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -129,11 +149,11 @@ class ReplayLoss(GRPOTrainer):
         """
         mode = "train" if self.model.training else "eval"
         normalizer = inputs["num_latents_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        parts = inputs.get("passes", 1)  # of an update's latents
+        accumulated = 1
         if mode == "train":
             steps: Any = self.args.steps_per_generation
-            normalizer = normalizer * self.current_gradient_accumulation_steps / steps
-            parts *= self.current_gradient_accumulation_steps
+            accumulated = self.current_gradient_accumulation_steps
+            normalizer = normalizer * accumulated / steps
         term = latent_term(
             replayed,
             inputs["trajectories"],
@@ -148,7 +168,9 @@ class ReplayLoss(GRPOTrainer):
         loss, *sums, count = gathered(term.totals[None]).sum(0).tolist()
         metrics = self._metrics[mode]
         if inputs["num_latents_in_batch"] > 0:
-            metrics["latents/loss"].append(loss * parts / self.accelerator.num_processes)
+            # Its mean over the micro-batches of an update is the update's.
+            metrics["latents/loss"].append(loss * accumulated / self.accelerator.num_processes)
+            metrics["latents/trained"].append(count)
         if count:
             for name, total in zip(MEANS, sums, strict=True):
                 if name != "kl" or self.args.latent_beta != 0.0:
@@ -173,6 +195,50 @@ class ReplayLoss(GRPOTrainer):
                 f"max_mismatch is {self.args.max_mismatch}; the workers hold other weights or see "
                 "other inputs, and ratios would be wrong"
             )
+
+
+def _take_new(metrics: dict[str, list[float]], logged: dict[str, int]) -> dict[str, list[float]]:
+    """Takes what was added to `metrics` since there were so many values of each."""
+    new = {name: values[logged.get(name, 0) :] for name, values in metrics.items()}
+    for name, values in metrics.items():
+        del values[logged.get(name, 0) :]
+    return {name: values for name, values in new.items() if values}
+
+
+def merge_metrics(
+    passes: Sequence[dict[str, list[float]]], tokens: Sequence[float], *, by_row: bool
+) -> dict[str, float]:
+    """The metrics of one micro-batch out of those of its passes, which trained so many `tokens`.
+
+    Smallest and largest values stay that, numbers and shares of a loss are added, and all others
+    are means: of latents over latents, of passes over passes, of the rest over tokens. `by_row`:
+    clip ratios are of rows, and those of other passes count as not clipped.
+    """
+    merged: dict[str, float] = {}
+    for name in dict.fromkeys(name for found in passes for name in found):
+        pairs = [
+            (value, found["latents/trained"][0] if name in OVER_LATENTS else weight)
+            for found, weight in zip(passes, tokens, strict=True)
+            for value in found.get(name, [])
+            if not math.isnan(value)
+        ]
+        values = [value for value, _ in pairs]
+        if not values:
+            merged[name] = math.nan
+        elif name.endswith("_min"):
+            merged[name] = min(values)
+        elif name.endswith("_max") or name.startswith("replay/"):
+            merged[name] = max(values)
+        elif name in ADDED or (by_row and name.startswith("clip_ratio/")):
+            merged[name] = sum(values)
+        else:
+            total = 0.0 if name.startswith("passes/") else sum(weight for _, weight in pairs)
+            merged[name] = (
+                sum(value * weight for value, weight in pairs) / total
+                if total
+                else sum(values) / len(values)
+            )
+    return merged
 
 
 def gathered(value: torch.Tensor) -> torch.Tensor:

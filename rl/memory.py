@@ -29,6 +29,7 @@ from transformers import PretrainedConfig
 from rl.dry_run import DryRun
 from rl.errors import PolicyError, TrajectoryError
 from rl.interfaces import Media
+from rl.policy.adapters import with_whole_head
 from rl.policy.heads import HeadConfig
 from rl.policy.model import CONFIG_KEY, LatentPolicy, model_class, policy_class, read_config
 from rl.policy.protocol import LatentProtocol
@@ -205,10 +206,7 @@ def trained_model(policy: Any, setting: MemorySetting) -> Any:
     if setting.peft_config is not None:
         from peft import get_peft_model
 
-        adapters: Any = copy.deepcopy(setting.peft_config)
-        if any(True for _ in policy.latent_head.parameters()):
-            adapters.modules_to_save = sorted({*(adapters.modules_to_save or ()), "latent_head"})
-        model = get_peft_model(policy, adapters)
+        model = get_peft_model(policy, with_whole_head(setting.peft_config, policy))
         if setting.gradient_checkpointing:
             policy.enable_input_require_grads()
     if setting.gradient_checkpointing:

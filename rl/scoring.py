@@ -5,6 +5,7 @@ inputs.
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +130,7 @@ def _slots(
     width: int,
 ) -> tuple[ScoreSlots, torch.Tensor]:
     """What to score, trajectory by trajectory, and the places of the results in [B, C]."""
-    parts: dict[str, list[np.ndarray]] = {f.name: [] for f in dataclasses.fields(ScoreSlots)}
+    parts: dict[str, list[np.ndarray]] = defaultdict(list)
     places = []
     for row, t in enumerate(trajectories):
         trace = policy.protocol.trace(t.completion_ids, policy.latent_tokens, t.sampling.imagine)
@@ -155,7 +156,8 @@ def _slots(
             parts[name].append(values)
         places.append(row * width + at)
     joined = {name: torch.from_numpy(np.concatenate(values)) for name, values in parts.items()}
-    return ScoreSlots(**joined), torch.from_numpy(np.concatenate(places))
+    most = int(joined["kept"].max()) if len(joined["kept"]) else 0
+    return ScoreSlots(**joined, most_kept=most), torch.from_numpy(np.concatenate(places))
 
 
 def _prompt_positions(
@@ -169,8 +171,9 @@ def _prompt_positions(
             "attention_mask": torch.ones_like(ids),
             "mm_token_type_ids": media_types(ids, policy.config),
             **{
-                k: torch.cat([c.inputs[k] for c in clips])
-                for k in (clips[0].inputs if clips else {})
+                name: torch.cat([clip.inputs[name] for clip in clips])
+                for name in (clips[0].inputs if clips else {})
+                if name != "pixel_values_videos"
             },
         }
     )

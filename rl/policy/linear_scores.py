@@ -40,11 +40,13 @@ class LinearScores(torch.autograd.Function):
         tokens: LatentTokens,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        ctx.tokens, ctx.chunk, wide = tokens, chunk, weight.float()
+        ctx.tokens, ctx.chunk, ctx.dtypes = tokens, chunk, (rows.dtype, weight.dtype)
+        rows, weight = as_multiplied(rows), as_multiplied(weight)
+        factor = _factor(weight)
         found: list[tuple[Tensor, ...]] = []
         with torch.autocast(rows.device.type, enabled=False):
             for part, at in _chunks(rows, chunk):
-                logits, last = _logits(part, wide, bias, kinds[at], may_start[at], tokens)
+                logits, last = _logits(part, factor, bias, kinds[at], may_start[at], tokens)
                 heat, is_text = temperature[at], kinds[at] == Slot.TOKEN
                 logits.div_(heat[:, None])
                 last = last / heat
@@ -74,13 +76,13 @@ class LinearScores(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
         rows, weight, bias, ids, kinds, may_start, temperature, others, end = ctx.saved_tensors
         wants_rows, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        tokens, wide = ctx.tokens, weight.float()
+        tokens, factor = ctx.tokens, _factor(weight)
         grad_rows = []
-        grad_weight = torch.zeros_like(wide) if wants_weight else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
         with torch.autocast(rows.device.type, enabled=False):
             for part, at in _chunks(rows, ctx.chunk):
-                logits, _ = _logits(part, wide, bias, kinds[at], may_start[at], tokens)
+                logits, _ = _logits(part, factor, bias, kinds[at], may_start[at], tokens)
                 p = logits.div_(temperature[at, None]).sub_(others[at, None]).exp_()
                 slope, p_end = grad[at] / temperature[at], end[at].exp()
                 # By the logit of token j, with p_j the share of j among all that can be chosen but
@@ -92,18 +94,54 @@ class LinearScores(torch.autograd.Function):
                 p *= -share[:, None]
                 chosen = torch.where(is_text, ids[at], tokens.end)
                 p.scatter_add_(1, chosen[:, None], share[:, None])
-                if wants_rows:
-                    grad_rows.append((p @ wide).to(rows.dtype))
-                if grad_weight is not None:
-                    grad_weight.addmm_(p.T, part.float())
                 if grad_bias is not None:
                     grad_bias += p.sum(0)
+                p = p.to(factor.dtype)
+                if wants_rows:
+                    grad_rows.append((p @ factor).to(ctx.dtypes[0]))
+                if grad_weight is not None:
+                    _add_product(grad_weight, p.T, part)
         return (
             torch.cat(grad_rows) if wants_rows else None,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_weight is None else grad_weight.to(ctx.dtypes[1]),
             None if grad_bias is None else grad_bias.to(bias.dtype),
             *[None] * 6,
         )
+
+
+def as_multiplied(x: Tensor) -> Tensor:
+    """Rows or weight of a head as they enter the product: under autocast in its dtype, in which
+    workers hold their weights, else as they are. The product itself is always float32.
+    """
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _in_half_on_cuda(x: Tensor) -> bool:
+    """Whether products of such tensors can be had in float32 without copies in float32."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _factor(weight: Tensor) -> Tensor:
+    """The weight as products take it."""
+    return weight if _in_half_on_cuda(weight) else weight.float()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32. Products of two half-precision numbers are exact there."""
+    if _in_half_on_cuda(a) and a.dtype == b.dtype:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to `total`, in float32."""
+    if _in_half_on_cuda(a) and a.dtype == b.dtype:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
 
 
 def _chunks(rows: Tensor, chunk: int) -> Iterator[tuple[Tensor, slice]]:
@@ -122,9 +160,9 @@ def _logits(
     """float32 logits [n, V], with -inf at the end token and, in TOKEN slots, at whatever else
     cannot be sampled there; and those of the end token [n].
     """
-    logits = torch.nn.functional.linear(
-        rows.float(), weight, None if bias is None else bias.float()
-    )
+    logits = _product(rows, weight.T)
+    if bias is not None:
+        logits += bias.float()
     end = logits[:, tokens.end].clone()
     logits[:, tokens.end] = -torch.inf
     is_text = kinds == Slot.TOKEN

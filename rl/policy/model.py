@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,13 +125,25 @@ class LatentPolicy(_Base):
     ) -> Iterator[None]:
         """Adds what attention and recurrence need to a call's `kwargs`, and hooks the tower."""
         if layout is None:
+            if clips is not None:
+                raise PolicyError("`clips` are those of a row of groups; pass its `layout` too")
             yield
             return
-        if kwargs.get("attention_mask") is not None or kwargs.get("position_ids") is None:
-            raise PolicyError("a row of groups is scored with `position_ids` and no mask")
+        given = {name for name, value in kwargs.items() if value is not None}
+        wrong = [f"no {name}" for name in {"position_ids"} - given]
+        wrong += [name for name in ("attention_mask", "pixel_values") if name in given]
+        if wrong:
+            raise PolicyError(
+                "a row of groups has position_ids of its own, no attention_mask (nothing is "
+                f"padded) and no images, but the call has {', '.join(wrong)}; `rl.scoring.collate` "
+                "makes such rows"
+            )
+        if clips is None and "pixel_values_videos" in given:
+            clips = range(len(kwargs["video_grid_thw"]))
         packed_attention.install(self.config)
         kwargs["layout"] = layout
-        with followers() as layers, show_clips_once(vision_tower(self), clips):
+        tower = show_clips_once(vision_tower(self), clips) if clips else nullcontext()
+        with followers() as layers, tower:
             yield
         if len(layers) < (count := self.config.get_text_config().num_hidden_layers):
             raise PolicyError(

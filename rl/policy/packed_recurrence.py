@@ -104,7 +104,10 @@ class States:
         """The recorded pair of each sequence, without the batch dimension."""
         conv, recurrent = self.conv_states[0], self.recurrent_states[0]
         if conv is None or recurrent is None:
-            raise PolicyError("a recurrent layer kept no state of a prompt")
+            raise PolicyError(
+                "a recurrent layer kept no state at the end of a prompt, so its completions cannot "
+                "go on from there; this version of transformers cannot be used with this model"
+            )
         return list(zip(conv.unbind(), recurrent.unbind(), strict=True))
 
     @property

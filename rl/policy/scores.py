@@ -8,12 +8,13 @@ head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from rl.policy.linear_scores import LinearScores
+from rl.policy.linear_scores import LinearScores, as_multiplied
 from rl.policy.protocol import LatentTokens, Slot
 
 CHUNK_LOGITS = 2**26  # logits that exist at the same time: 256 MiB of them
@@ -36,9 +37,12 @@ class ScoreSlots:
     # int32 [N]; at a TOKEN slot, how many tokens truncated sampling kept (0: all). 0 elsewhere.
     kept: torch.Tensor
     latent_rows: torch.Tensor  # int64 [L], which hidden state gives each latent's mean
+    most_kept: int  # the largest of `kept`: a number, so that no pass waits for it
 
     def to(self, device: torch.device | str) -> ScoreSlots:
-        return ScoreSlots(*(getattr(self, f.name).to(device) for f in fields(self)))
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,20 @@ def full_logits(
     """
     if type(lm_head) is not torch.nn.Linear:
         return lm_head(rows).float()
-    bias = None if lm_head.bias is None else lm_head.bias.float()
-    with torch.autocast(rows.device.type, enabled=False):
-        return torch.nn.functional.linear(rows.float(), lm_head.weight.float(), bias)
+    return _FloatHead(lm_head)(rows)
+
+
+class _FloatHead:
+    """A linear head that gives float32, its weight converted once."""
+
+    def __init__(self, head: Any) -> None:
+        self._weight = as_multiplied(head.weight).float()
+        self._bias = None if head.bias is None else head.bias.float()
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        rows = as_multiplied(rows).float()
+        with torch.autocast(rows.device.type, enabled=False):
+            return torch.nn.functional.linear(rows, self._weight, self._bias)
 
 
 def text_logits(
@@ -119,10 +134,10 @@ def truncate(
 
 
 def truncated_scores(
-    logp: torch.Tensor, ids: torch.Tensor, kept: torch.Tensor
+    logp: torch.Tensor, ids: torch.Tensor, kept: torch.Tensor, most: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Replay under truncation: log-prob of `ids` [N] and entropy, each [N], of log-probs [N, V]
-    cut down to the `kept` [N] likeliest tokens (all above 0) and renormalised.
+    cut down to the `kept` [N] likeliest tokens (all above 0, at most `most`) and renormalised.
 
     `ids` are among those always: one that is less likely takes the last one's place. At the weights
     that sampled, the count therefore names the sampler's own set, up to tokens at the boundary that
@@ -132,7 +147,7 @@ def truncated_scores(
     mask and applies it to every later policy: the set never moves, but storing and moving it takes
     the ids of all tokens kept, where a count is one number.
     """
-    most = min(int(kept.max()), logp.shape[-1])
+    most = min(most, logp.shape[-1])
     values, tokens = logp.topk(most, dim=-1)
     place = torch.arange(most, device=logp.device)
     beyond = place >= kept[:, None]
@@ -163,7 +178,7 @@ def score_slots(
     """
     flat = hidden.flatten(0, 1)
     rows = flat[slots.rows]
-    if type(lm_head) is torch.nn.Linear and not bool(slots.kept.any()):
+    if type(lm_head) is torch.nn.Linear and slots.most_kept == 0:
         choices = slots.ids, slots.kinds, slots.may_start, slots.temperature
         scored: tuple[torch.Tensor, torch.Tensor] = LinearScores.apply(  # type: ignore[assignment]
             rows, lm_head.weight, lm_head.bias, *choices, tokens, chunk
@@ -182,17 +197,18 @@ def _score_in_chunks(
     chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies [N] through any head, truncated or not."""
+    to_logits = _FloatHead(lm_head) if type(lm_head) is torch.nn.Linear else lm_head
 
     def score_chunk(rows: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         ids, kept = slots.ids[part], slots.kept[part]
-        logits = full_logits(lm_head, rows) / slots.temperature[part, None]
+        logits = to_logits(rows).float() / slots.temperature[part, None]
         is_text = slots.kinds[part] == Slot.TOKEN
         text = torch.log_softmax(text_logits(logits, slots.may_start[part], tokens), -1)
         end, more = end_logprobs(logits, tokens)
         decision = torch.where(ids == tokens.end, end, more)
         chosen, text_entropy = text.gather(1, ids[:, None])[:, 0], _entropy(text)
-        if len(cut := kept.nonzero()[:, 0]):
-            fewer, entropy = truncated_scores(text[cut], ids[cut], kept[cut])
+        if slots.most_kept and len(cut := kept.nonzero()[:, 0]):
+            fewer, entropy = truncated_scores(text[cut], ids[cut], kept[cut], slots.most_kept)
             chosen = chosen.index_copy(0, cut, fewer)
             text_entropy = text_entropy.index_copy(0, cut, entropy)
         logprob = torch.where(is_text, chosen, decision)

@@ -16,26 +16,29 @@ def vision_tower(policy: Any) -> nn.Module:
     """The module that turns pixels into features; `PolicyError` if there is none."""
     tower = policy.get_encoder(modality="video")
     if tower is policy or tower is policy.base_model:
-        raise PolicyError(f"{type(policy).__name__}: no vision tower was found")
+        raise PolicyError(
+            f"{type(policy).__name__}: no vision tower was found, so it can neither be frozen nor "
+            "see a clip once for several prompts; choose a model of the Qwen3-VL, Qwen3.5 or "
+            "Qwen2.5-VL family"
+        )
     return tower
 
 
 @contextmanager
-def show_clips_once(tower: nn.Module, clips: Sequence[int] | None) -> Iterator[None]:
+def show_clips_once(tower: nn.Module, clips: Sequence[int]) -> Iterator[None]:
     """While this lasts, a call of `tower` gets the pixels of distinct clips and the grid of every
     clip that is shown, and returns features for these; `clips[i]` is which of the distinct clips
-    the i-th shown one is (None: each its own).
+    the i-th shown one is.
     """
-    shown = list(clips or ())
+    shown = list(clips)
     distinct = [shown.index(clip) for clip in range(len({*shown}))]  # where each is shown first
     sizes: list[int] = []
 
     def narrow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Layouts of the language model reach the tower as well, with transformers' other keywords.
         kwargs = {k: v for k, v in kwargs.items() if k != "layout"}
-        if shown:
-            kwargs["grid_thw"] = grid = kwargs["grid_thw"][distinct]
-            sizes[:] = grid.prod(-1).tolist()
+        kwargs["grid_thw"] = grid = kwargs["grid_thw"][distinct]
+        sizes[:] = grid.prod(-1).tolist()
         return args, kwargs
 
     def widen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -1,6 +1,7 @@
 """LA-DAPO on tiny policies: the real TRL trainer, the real engine, no Ray."""
 
 import copy
+import hashlib
 import inspect
 import json
 import math
@@ -18,8 +19,9 @@ from rewards.scorer import RewardSet
 from rewards.terms import RewardTerm
 from rl.checkpoints import STATE_FILE, last_complete
 from rl.errors import ObjectiveError, PolicyError, SyncError
-from rl.la_dapo import TRL_MEMBERS, LADAPOTrainer
+from rl.la_dapo import TRL_MEMBERS, LADAPOTrainer, _dataset
 from rl.la_dapo_config import LADAPOConfig
+from rl.la_dapo_loss import merge_metrics
 from rl.policy.protocol import LatentProtocol
 from rl.policy.vision import vision_tower
 from rl.weights import weight_update
@@ -129,6 +131,12 @@ def trained(trainer) -> dict[str, torch.Tensor]:
 def test_trl_has_not_moved(member):
     found = tuple(inspect.signature(getattr(GRPOTrainer, member)).parameters)
     assert found == TRL_MEMBERS[member], f"TRL changed {member}: revisit rl/la_dapo.py"
+
+
+def test_trl_still_prepares_inputs_as_ours_does():
+    """`_prepare_inputs` does in another order what TRL's does: read TRL's anew when this fails."""
+    body = inspect.getsource(GRPOTrainer._prepare_inputs).encode()
+    assert hashlib.sha256(body).hexdigest()[:16] == "f824e7fb07147956"
 
 
 def test_every_ratio_is_one_at_the_first_update(build):
@@ -254,6 +262,70 @@ def test_a_budget_holds_and_says_what_it_shares(build):
     shared = [1 - c / a for c, a in zip(computed, alone, strict=True)]
     assert line["passes/tokens"] == pytest.approx(sum(computed) / len(passes))
     assert line["passes/shared"] == pytest.approx(sum(shared) / len(passes)) and min(shared) > 0.4
+
+
+def test_metrics_of_passes_by_hand():
+    passes = [
+        {"entropy": [1.0], "clip_ratio/low_min": [0.5], "latents/loss": [0.25],
+         "latents/trained": [3.0], "latents/ratio": [1.0], "kl": [math.nan]},
+        {"entropy": [2.0], "clip_ratio/low_min": [0.25], "latents/loss": [0.5],
+         "latents/trained": [1.0], "latents/ratio": [2.0], "replay/max_gap": [0.1]},
+        {"entropy": [4.0], "clip_ratio/low_min": [math.nan], "latents/loss": [0.0],
+         "latents/trained": [0.0], "replay/max_gap": [0.2]},
+    ]  # fmt: skip
+    found = merge_metrics(passes, [10.0, 30.0, 0.0], by_row=False)
+    assert math.isnan(found.pop("kl"))
+    assert found == {
+        "entropy": (10 + 60) / 40,
+        "clip_ratio/low_min": 0.25,
+        "latents/loss": 0.75,
+        "latents/trained": 4.0,
+        "latents/ratio": (3 * 1 + 1 * 2) / 4,
+        "replay/max_gap": 0.2,
+    }
+    rows = [{"clip_ratio/low_mean": [0.25]}, {"clip_ratio/low_mean": [0.5]}]
+    assert merge_metrics(rows, [1.0, 1.0], by_row=True) == {"clip_ratio/low_mean": 0.75}
+
+
+METRICS = ("loss", "latents/loss", "latents/ratio", "latents/clip_ratio", "entropy", "kl")
+METRICS += ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/high_max")
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_budget_changes_no_metric(build, level):
+    """Several micro-batches of different numbers of passes, and several updates."""
+    settings = {
+        "per_device_train_batch_size": 2 * SIZE,
+        "gradient_accumulation_steps": 2,
+        "num_iterations": 2,
+        "filter_groups": False,
+        "importance_sampling_level": level,
+        "learning_rate": 1e-2,
+        "optim": "sgd",  # which rounding moves no further than itself
+        "beta": 0.1,
+        "seed": 3,
+    }
+    whole = build(**settings)
+    whole.train()
+    cut = build(**settings, max_tokens_per_microbatch=150)
+    passes = passes_of(cut)
+    cut.train()
+    assert len(passes) > 2 * 4
+    for found, expected in zip(logs(cut), logs(whole), strict=True):
+        for name in METRICS:
+            assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+
+
+def test_adapters_and_evaluation_under_a_budget(build, world):
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    settings = {"peft_config": config, "beta": 0.1, "latent_beta": 0.1, "max_steps": 1}
+    expected = first_update(build(**settings))
+    trainer = build(**settings, max_tokens_per_microbatch=140, per_device_eval_batch_size=2 * SIZE)
+    assert_same_update(first_update(trainer), expected)
+    passes = passes_of(trainer)
+    metrics = trainer.evaluate(_dataset(world[2][:2]))
+    assert len(passes) > 1 and math.isfinite(metrics["eval_loss"])
+    assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
 
 
 def test_groups_stay_together(build):
@@ -480,8 +552,13 @@ def test_contradictions_are_refused(build, world, tmp_path):
         build(temperature=0.0)
     with pytest.raises(ObjectiveError, match="filter_low"):
         build(filter_low=0.9, filter_high=0.1)
-    with pytest.raises(ObjectiveError, match="max_tokens_per_microbatch"):
-        build(max_tokens_per_microbatch=0)
+    for name, value in (
+        ("max_tokens_per_microbatch", 0),
+        ("top_entropy_quantile", 0.5),
+        ("optim", "lomo"),
+    ):
+        with pytest.raises(ObjectiveError, match=f"^{name}"):
+            build(**{"max_tokens_per_microbatch": 100, name: value})
     with pytest.raises(ObjectiveError, match="'max'"):
         build(latent_reduction="max")
     with pytest.raises(PolicyError, match="no latent policy"):
@@ -516,8 +593,6 @@ def test_resuming_equals_going_on(build, tmp_path):
 
 def test_evaluation_samples_without_filtering(build, world):
     trainer = build(per_device_eval_batch_size=SIZE, max_steps=1)
-    from rl.la_dapo import _dataset
-
     metrics = trainer.evaluate(_dataset(world[2][:2]))
     assert metrics["eval_groups/trained"] == 1.0
     assert 0.0 <= metrics["eval_rewards/outcome/mean"] <= 1.0

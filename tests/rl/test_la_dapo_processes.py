@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 from rl.errors import ObjectiveError
-from rl.microbatches import plan_microbatches
+from rl.passes import plan_passes
 from rl.trajectory import Sample
 from tests.latent import square_samples, thinking_policy
 from tests.rl.test_la_dapo import SIZE, first_update, passes_of, trainer_for
@@ -39,7 +39,7 @@ def one_process(rank: int, folder: Path, samples: list[Sample]) -> None:
             "gradients": gradients,
             "loss": line["latents/loss"],
             "passes": len(passes),
-            "needed": len(plan_microbatches(passes[0]["trajectories"], BUDGET)),
+            "needed": len(plan_passes(passes[0]["trajectories"], BUDGET)),
         }
     with pytest.raises(ObjectiveError, match="no whole groups of 4"):
         trainer_for(world, folder / f"uneven{rank}", per_device_train_batch_size=SIZE // 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import numpy as np
@@ -148,13 +149,19 @@ def assert_packed_equals_alone(policy: Any, inner: Any, media: Any, rows: list[T
     (loss + (means * weights(means.shape, 0)).sum()).backward()
     expected = gradients(policy)
     assert packed.keys() == expected.keys()
+    largest = max(float(g.norm()) for g in expected.values())
+    # A gated delta net computes in chunks, which begin elsewhere: it rounds otherwise.
+    relative = 3e-5 if any("linear_attn" in name for name in expected) else 1e-5
     for name, gradient in expected.items():
-        error = (packed[name] - gradient).norm()
-        # Some gradients are zero but for rounding, such as those of the biases of keys.
-        assert error <= 1e-5 * gradient.norm() + 3e-6 * max(g.norm() for g in expected.values()), (
-            name
-        )
+        error, size = float((packed[name] - gradient).norm()), float(gradient.norm())
+        assert error <= relative * size + (1e-6 * largest if CANCELLING.search(name) else 0.0), name
 
+
+# Gradients that are sums of much larger terms, which all but cancel: of the biases of keys, which
+# change no softmax, and of what decides how fast a gated delta net forgets.
+CANCELLING = re.compile(
+    r"k_proj\.(lora.*|bias)$|linear_attn\.(dt_bias|A_log|in_proj_[ab]|conv1d|norm)"
+)
 
 GROUP = st.tuples(
     st.lists(st.integers(0, 3), min_size=0, max_size=3),  # clips, one perhaps twice

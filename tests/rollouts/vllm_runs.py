@@ -149,6 +149,7 @@ def gaps(policy: Any, asks: Sequence[Ask], told: Sequence[Told]) -> tuple[float,
             temperature=torch.full((len(at),), ask.temperature or 1.0),
             kept=t.kept[at].int(),
             latent_rows=torch.from_numpy(before[t.ids == policy.latent_tokens.filler]),
+            most_kept=int(t.kept.max()),
         )
         scores = policy(
             input_ids=ids,

@@ -92,7 +92,9 @@ def test_replay_of_truncation_is_truncation(logits, top_p, top_k):
     if kept.item():
         ids = (found[0] > -INF).nonzero()[:, 0]
         count = len(ids)
-        replayed, entropy = truncated_scores(logp.expand(count, -1), ids, kept.expand(count))
+        replayed, entropy = truncated_scores(
+            logp.expand(count, -1), ids, kept.expand(count), int(kept.max())
+        )
         torch.testing.assert_close(replayed, found[0, ids], atol=1e-6, rtol=1e-6)
         expected = -(found[0, ids].exp() * found[0, ids]).sum()
         assert entropy[0].item() == pytest.approx(expected.item(), abs=1e-5)

@@ -26,6 +26,7 @@ def score(ids, kinds, may_start, temperature=1.0, kept=None, chunk=100, linear=F
         temperature=torch.full((len(at),), temperature),
         kept=torch.tensor([kept[place] for place in at], dtype=torch.int32),
         latent_rows=torch.tensor([p - 1 for p, i in enumerate(ids) if i == TOKENS.filler]).long(),
+        most_kept=max(kept),
     )
     lm_head = torch.nn.Linear(6, 6, bias=False) if linear else lambda h: h
     if linear:
@@ -90,7 +91,7 @@ def test_gradient_of_truncated_replay_by_finite_differences():
     kept = torch.randint(1, 12, (40,))
 
     def value(logits):
-        return truncated_scores(logits.log_softmax(-1), ids, kept)[0]
+        return truncated_scores(logits.log_softmax(-1), ids, kept, int(kept.max()))[0]
 
     assert torch.autograd.gradcheck(value, logits)
     # By hand: the gradient of log softmax over the kept, and none outside.
@@ -123,6 +124,7 @@ def test_each_slot_is_scored_by_its_own_hidden_state():
         temperature=torch.ones(3),
         kept=torch.zeros(3, dtype=torch.int32),
         latent_rows=torch.tensor([1]),
+        most_kept=0,
     )
     found = score_slots(
         hidden, slots, tokens=TOKENS, lm_head=lambda h: h, head=lambda h: h, chunk=100
@@ -141,7 +143,9 @@ def test_chunks_change_nothing():
 def test_nothing_to_score_keeps_the_graph():
     hidden = torch.randn(1, 3, 6, requires_grad=True)
     none = torch.zeros(0, dtype=torch.long)
-    slots = ScoreSlots(none, none, none.to(torch.int8), none.bool(), none.float(), none.int(), none)
+    slots = ScoreSlots(
+        none, none, none.to(torch.int8), none.bool(), none.float(), none.int(), none, most_kept=0
+    )
     result = score_slots(
         hidden, slots, tokens=TOKENS, lm_head=lambda h: h, head=lambda h: h, chunk=100
     )
@@ -169,6 +173,7 @@ def test_a_linear_head_is_scored_as_any_other(dtype, bias):
         temperature=torch.rand(count) + 0.5,
         kept=torch.zeros(count, dtype=torch.int32),
         latent_rows=torch.zeros(0, dtype=torch.long),
+        most_kept=0,
     )
 
     def other(rows):
@@ -204,8 +209,9 @@ def test_going_on_stays_exact_where_the_end_is_nearly_certain():
         torch.tensor([Slot.DECISION], dtype=torch.int8),
         torch.tensor([False]),
         torch.ones(1),
-        one.int(),
+        torch.tensor([0], dtype=torch.int32),
         one[:0],
+        most_kept=0,
     )
     found = score_slots(hidden, slots, tokens=TOKENS, lm_head=head, head=lambda h: h, chunk=9)
     assert found.logprobs.item() == pytest.approx(math.log(5) - 30, abs=1e-5)

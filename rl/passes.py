@@ -17,7 +17,7 @@ from rl.trajectory import Trajectory
 class Passes:
     """Forward passes over trajectories: which go together, and their replay.
 
-    A pass holds at most `budget` tokens (see `plan_microbatches`), or without a budget `rows`
+    A pass holds at most `budget` tokens (see `plan_passes`), or without a budget `rows`
     trajectories as they come.
     """
 
@@ -38,11 +38,11 @@ class Passes:
         if self._budget is None:
             rows = list(range(len(trajectories)))
             return [rows[i : i + self._rows] for i in range(0, len(rows), self._rows)]
-        plan = plan_microbatches(trajectories, self._budget)
+        plan = plan_passes(trajectories, self._budget)
         if self._accelerator.num_processes > 1:
             own = torch.tensor([len(plan)], device=self._accelerator.device)
             gathered: Any = self._accelerator.gather(own)
-            plan = plan_microbatches(trajectories, self._budget, at_least=int(gathered.max()))
+            plan = plan_passes(trajectories, self._budget, at_least=int(gathered.max()))
         return plan
 
     def replay(self, model: Any, trajectories: Sequence[Trajectory]) -> Replay:
@@ -65,7 +65,7 @@ class Passes:
             yield from zip(rows, found.logprobs, means, strict=True)
 
 
-def plan_microbatches(
+def plan_passes(
     trajectories: Sequence[Trajectory], budget: int, *, at_least: int = 1
 ) -> list[list[int]]:
     """Rows of `trajectories` for each forward pass, so that no pass computes more than `budget`

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl.microbatches import deal_groups, plan_microbatches, take_rows
+from rl.passes import deal_groups, plan_passes, take_rows
 from rl.policy.protocol import Slot
 from rl.trajectory import Sampling, Trajectory
 
@@ -45,20 +45,20 @@ def test_by_hand():
     # Group 1 takes 10 + 3 + 3 = 16 tokens, group 2 20 + 5 = 25, group 3 4 + 2 + 2 + 2 = 10.
     rows = [answer(1, 10, 3), answer(2, 20, 5), answer(3, 4, 2), answer(1, 10, 3)]
     rows += [answer(3, 4, 2), answer(3, 4, 2)]
-    assert plan_microbatches(rows, 100) == [[0, 1, 2, 3, 4, 5]]
+    assert plan_passes(rows, 100) == [[0, 1, 2, 3, 4, 5]]
     # 25 alone; 16 and 10 together.
-    assert plan_microbatches(rows, 26) == [[0, 2, 3, 4, 5], [1]]
+    assert plan_passes(rows, 26) == [[0, 2, 3, 4, 5], [1]]
     # 10 goes to the fuller of 25 and 16 that has room.
-    assert plan_microbatches(rows, 35) == [[0, 3], [1, 2, 4, 5]]
+    assert plan_passes(rows, 35) == [[0, 3], [1, 2, 4, 5]]
     # Room for 10 + 3 but not for 3 more; 25 is above the budget and goes alone all the same.
-    assert plan_microbatches(rows, 13) == [[0], [1], [2, 4, 5], [3]]
+    assert plan_passes(rows, 13) == [[0], [1], [2, 4, 5], [3]]
 
 
 def test_more_passes_than_needed():
     rows = [answer(group, 4, 2) for group in (1, 1, 2, 2, 2)]
-    assert plan_microbatches(rows, 100, at_least=2) == [[0, 1], [2, 3, 4]]  # between the groups
-    assert plan_microbatches(rows, 100, at_least=3) == [[0, 1], [2, 4], [3]]
-    assert plan_microbatches(rows, 100, at_least=9) == [[0], [1], [2], [3], [4]]
+    assert plan_passes(rows, 100, at_least=2) == [[0, 1], [2, 3, 4]]  # between the groups
+    assert plan_passes(rows, 100, at_least=3) == [[0, 1], [2, 4], [3]]
+    assert plan_passes(rows, 100, at_least=9) == [[0], [1], [2], [3], [4]]
 
 
 GROUPS = st.lists(
@@ -71,7 +71,7 @@ GROUPS = st.lists(
 @given(groups=GROUPS, budget=st.integers(1, 150), at_least=st.integers(1, 8))
 def test_any_lengths(groups, budget, at_least):
     rows = [answer(g, prompt, c) for g, (prompt, cs) in enumerate(groups) for c in cs]
-    plan = plan_microbatches(rows, budget, at_least=at_least)
+    plan = plan_passes(rows, budget, at_least=at_least)
     assert sorted(row for a_pass in plan for row in a_pass) == list(range(len(rows)))
     assert len(plan) >= min(at_least, len(rows))
     for a_pass in plan:
