@@ -1,4 +1,4 @@
-"""Measured against estimated peak memory of a LA-DAPO update: prints the table of `docs/memory.md`.
+"""Measured against estimated peak memory of a LA-DAPO update: prints the table of `docs/update.md`.
 
 python -m benchmarks.memory [--sizes tests 100m]
 

@@ -10,7 +10,7 @@ attention among them, never a [T, T] matrix that no device would make.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,13 +74,13 @@ class DryRun:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Where code runs that is counted."""
-        with self._fake, _Counting(self):
+        with self._fake, _Counting(self, _without_memory):
             yield
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Where code runs on real tensors, and is counted just the same."""
-        with _Watching(self):
+        with _Counting(self, _as_it_is):
             yield
 
     def hold(self, tensors: Iterable[torch.Tensor]) -> int:
@@ -132,11 +132,11 @@ class DryRun:
 
 
 class _Counting(TorchDispatchMode):
-    """Runs ops on real tensors for real and all others in the fake mode below, and counts."""
+    """Counts what ops return that `execute` carries out."""
 
-    def __init__(self, run: DryRun) -> None:
+    def __init__(self, run: DryRun, execute: Callable[..., Any]) -> None:
         super().__init__()
-        self._run = run
+        self._run, self._execute = run, execute
 
     def __torch_dispatch__(
         self,
@@ -145,38 +145,26 @@ class _Counting(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is torch.ops.prim.device.default:  # asked for all the time
-            return torch.device("cpu")
-        kwargs = kwargs or {}
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if any(isinstance(t, FakeTensor) for t in given):
-            out = _fake(func, args, kwargs)
-        elif given or _is_small_constant(func, args, kwargs):
-            with unset_fake_temporarily():
-                out = func(*args, **kwargs)
-        else:
-            out = func(*args, **kwargs)
+        out = self._execute(func, args, kwargs or {})
         self._run.note(func, args, out)
         return out
 
 
-class _Watching(TorchDispatchMode):
-    """Counts what real ops return."""
+def _as_it_is(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
 
-    def __init__(self, run: DryRun) -> None:
-        super().__init__()
-        self._run = run
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self._run.note(func, args, out)
-        return out
+def _without_memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An op on real tensors for real, and all others in the fake mode below."""
+    if func is torch.ops.prim.device.default:  # asked for all the time
+        return torch.device("cpu")
+    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    if any(isinstance(t, FakeTensor) for t in given):
+        return _fake(func, args, kwargs)
+    if given or _is_small_constant(func, args, kwargs):
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
+    return func(*args, **kwargs)
 
 
 def _scratch(func: Any, args: tuple[Any, ...]) -> int:
