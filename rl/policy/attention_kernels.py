@@ -25,6 +25,7 @@ class Kernel:
 
     forward: Callable[[Sequence[Tensor], bool, float], tuple[Tensor, Tensor]]
     backward: Callable[[Sequence[Tensor], bool, float], tuple[Tensor, Tensor, Tensor]]
+    pads: bool = False  # whether starting it often costs more than padding does
 
 
 def kernel_for(query: Tensor) -> Kernel:
@@ -143,7 +144,7 @@ def _math_backward(rows: Sequence[Tensor], causal: bool, scale: float) -> Any:
 
 
 CPU_FLASH = Kernel(_cpu_forward, _cpu_backward)
-CUDA_FLASH = Kernel(_cuda_forward, _cuda_backward)
+CUDA_FLASH = Kernel(_cuda_forward, _cuda_backward, pads=True)
 MATH = Kernel(_math_forward, _math_backward)
 
 

@@ -21,10 +21,10 @@ A group of one shares nothing and is one causal sequence.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ class _PackedAttention(torch.autograd.Function):
         else:
             out = torch.empty_like(query)
             lse = query.new_empty(query.shape[:3], dtype=accumulator(query.dtype))
-            for run in _causal_runs(layout):
+            for run in _causal_runs(layout, kernel, query.device):
                 part, part_lse = kernel.forward(run.of(query, key, value), True, scale)
                 run.put(out, part)
                 run.put(lse, part_lse)
@@ -124,8 +124,9 @@ class _PackedAttention(torch.autograd.Function):
             parts = kernel.backward(run.of(*rows), True, scale)
             return *(run.row(part) for part in parts), None, None, None
         grads = [torch.empty_like(x) for x in (query, key, value)]
-        for run in _causal_runs(ctx.layout):
-            parts = kernel.backward(run.of(*rows), True, scale)
+        for run in _causal_runs(ctx.layout, kernel, query.device):
+            cut = run.of(*rows)
+            parts = kernel.backward([run.only(cut[0]), *cut[1:]], True, scale)
             for grad, part in zip(grads, parts, strict=True):
                 run.put(grad, part)
         for answers, prompt in _shared(ctx.layout):
@@ -145,11 +146,14 @@ class _Run:
     count: int
     length: int
 
+    @property
+    def stop(self) -> int:
+        return self.start + self.count * self.length
+
     def of(self, *rows: Tensor) -> list[Tensor]:
         """Its part of each row: [1,H,T,...] -> a view [count,H,length,...]."""
-        stop = self.start + self.count * self.length
         sizes = (self.count, self.length)
-        return [x[0, :, self.start : stop].unflatten(1, sizes).transpose(0, 1) for x in rows]
+        return [x[0, :, self.start : self.stop].unflatten(1, sizes).transpose(0, 1) for x in rows]
 
     def row(self, part: Tensor) -> Tensor:
         """The inverse of `of` where this run is the whole row: a view, if `part` is laid out as the
@@ -161,28 +165,100 @@ class _Run:
         """Write `part` [count,H,length,...] where it lies in `row` [1,H,T,...]."""
         self.of(row)[0].copy_(part)
 
+    def only(self, part: Tensor) -> Tensor:
+        """`part` without what is padding."""
+        return part
 
-def _causal_runs(layout: PackLayout) -> Iterator[_Run]:
-    """What is causal within itself: prompts and completions, or both as one in groups of one.
-    Neighbours of equal length are one run.
+
+@dataclass(frozen=True)
+class _Padded:
+    """N sequences of up to L tokens, anywhere in the row, as one batch: a few copies in the place
+    of a kernel's start for each. Padding is on the right, where no other token sees it.
     """
-    lengths: list[int] = []
+
+    places: Tensor  # int64 [N,L], of each token in the row, and behind a sequence of its last one
+    real: Tensor  # bool [N,L], what is no padding
+    at: Tensor  # int64 [K], of the real tokens among the N * L
+    row: Tensor  # int64 [K], of the same in the row
+
+    @classmethod
+    def of_sequences(cls, sequences: Sequence[tuple[int, int]], device: torch.device) -> _Padded:
+        """Of (start, length) pairs."""
+        longest = max(length for _, length in sequences)
+        starts, lengths = (torch.tensor(values)[:, None] for values in zip(*sequences, strict=True))
+        steps = torch.arange(longest)
+        places, real = starts + steps.minimum(lengths - 1), steps < lengths
+        at = real.flatten().nonzero()[:, 0]
+        found = places, real, at, places.flatten()[at]
+        return cls(*(x.to(device) for x in found))
+
+    def of(self, *rows: Tensor) -> list[Tensor]:
+        """Its part of each row: [1,H,T,...] -> a copy [N,H,L,...]."""
+        return [x[0][:, self.places].transpose(0, 1) for x in rows]
+
+    def put(self, row: Tensor, part: Tensor) -> None:
+        """Write the real tokens of `part` [N,H,L,...] where they lie in `row` [1,H,T,...]."""
+        row[0].index_copy_(1, self.row, part.transpose(0, 1).flatten(1, 2)[:, self.at])
+
+    def only(self, part: Tensor) -> Tensor:
+        """`part` [N,H,L,...] with zeros where it is padding."""
+        return part * self.real[:, None, :, None]
+
+
+def _causal_runs(
+    layout: PackLayout, kernel: Kernel, device: torch.device
+) -> Sequence[_Run | _Padded]:
+    """What is causal within itself: prompts and completions, or both as one in groups of one.
+    Neighbours of equal length are one run; where the kernel had rather pad, all completions are.
+    """
+    return _padded_runs(layout, device) if kernel.pads else _equal_runs(_sequences(layout))
+
+
+@lru_cache(maxsize=16)
+def _padded_runs(layout: PackLayout, device: torch.device) -> list[_Run | _Padded]:
+    """Once for all layers of a pass: indices are copied to the device."""
+    completions = [
+        (start, length)
+        for group in layout.groups
+        if _shares(group)
+        for start, length in _sequences(PackLayout((group,)))[1:]
+    ]
+    few = _equal_runs(completions)
+    if len(few) <= 2:
+        return _equal_runs(_sequences(layout))
+    others = [sequence for sequence in _sequences(layout) if sequence not in set(completions)]
+    return [*_equal_runs(others), _Padded.of_sequences(completions, device)]
+
+
+def _sequences(layout: PackLayout) -> list[tuple[int, int]]:
+    """(start, length) of everything that is causal within itself."""
+    found = []
     for group in layout.groups:
+        lengths = [group.stop - group.start]
         if _shares(group):
-            lengths += group.prompt, *group.completions
+            lengths = [group.prompt, *group.completions]
+        starts = accumulate(lengths[:-1], initial=group.start)
+        found += zip(starts, lengths, strict=True)
+    return found
+
+
+def _equal_runs(sequences: Sequence[tuple[int, int]]) -> list[_Run | _Padded]:
+    """Neighbours of equal length together."""
+    runs: list[_Run | _Padded] = []
+    for start, length in sequences:
+        last = runs[-1] if runs else None
+        if isinstance(last, _Run) and (last.stop, last.length) == (start, length):
+            runs[-1] = replace(last, count=last.count + 1)
         else:
-            lengths.append(group.stop - group.start)
-    start = 0
-    for length, same in groupby(lengths):
-        run = _Run(start, sum(1 for _ in same), length)
-        yield run
-        start += run.count * length
+            runs.append(_Run(start, 1, length))
+    return runs
 
 
 def _only_run(layout: PackLayout) -> _Run | None:
     """The run that is the whole row, if nothing is shared in it."""
-    runs = list(_causal_runs(layout))
-    return runs[0] if len(runs) == 1 and not any(map(_shares, layout.groups)) else None
+    runs = _equal_runs(_sequences(layout))
+    alone = len(runs) == 1 and not any(map(_shares, layout.groups))
+    return runs[0] if alone and isinstance(runs[0], _Run) else None
 
 
 def _shared(layout: PackLayout) -> Iterator[tuple[slice, slice]]:

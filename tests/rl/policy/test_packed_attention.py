@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from rl.policy.packed_attention import attend, install, packed_attention
 from tests.tiny import FAMILIES, Family, tiny_model
 
 Inputs = tuple[Tensor, Tensor, Tensor]  # query, key and value
-KERNELS = {"cpu": CPU_FLASH, "math": MATH}
+KERNELS = {"cpu": CPU_FLASH, "math": MATH, "padded": replace(CPU_FLASH, pads=True)}
 
 lengths = st.lists(
     st.tuples(st.integers(1, 6), st.lists(st.integers(1, 5), min_size=1, max_size=4)),
