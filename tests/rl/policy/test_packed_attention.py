@@ -120,6 +120,24 @@ def test_longer_than_a_kernels_blocks(kernel, monkeypatch):
         assert_near(grad, wanted, 1e-12)
 
 
+@pytest.mark.parametrize(("pads", "calls"), [(False, 2 + 8 + 2), (True, 2 + 1 + 2)])
+def test_how_often_a_kernel_starts(pads, calls):
+    """For each prompt and for completions on their prompts; else for each completion, or once."""
+    started = []
+
+    def forward(rows, causal, scale):
+        started.append(rows[0].shape)
+        return CPU_FLASH.forward(rows, causal, scale)
+
+    layout = PackLayout.of([(9, (4, 7, 3, 5)), (6, (2, 1, 8, 6))])
+    attend(*tensors(layout), layout, 0.4, replace(CPU_FLASH, forward=forward, pads=pads))
+    assert len(started) == calls
+    equal = PackLayout.of([(9, (4, 4, 4, 4)), (6, (4, 4))])  # nothing to pad
+    started.clear()
+    attend(*tensors(equal), equal, 0.4, replace(CPU_FLASH, forward=forward, pads=pads))
+    assert len(started) == 2 + 2 + 2
+
+
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 def test_bf16(kernel):
     layout = PackLayout.of([(9, (4, 7, 7)), (3, (2,))])
