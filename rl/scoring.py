@@ -164,7 +164,7 @@ def _prompt_positions(
     trajectory: Trajectory, clips: Sequence[Media], policy: LatentPolicy
 ) -> tuple[torch.Tensor, int]:
     """Positions [3, P] of a prompt, and the one behind it."""
-    ids = torch.from_numpy(trajectory.prompt_ids)[None]
+    ids = torch.tensor(trajectory.prompt_ids)[None]  # a copy: what Ray hands over is read-only
     positions, behind = policy.position_ids(
         {
             "input_ids": ids,
