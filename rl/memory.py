@@ -85,12 +85,11 @@ class MemoryEstimate:
         return sum(dataclasses.astuple(self))
 
     def __str__(self) -> str:
-        parts = [f"{f.name} {_gib(getattr(self, f.name))}" for f in dataclasses.fields(self)]
-        return f"{_gib(self.total)} GiB at the peak ({', '.join(parts)})"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f}"
+        unit, size, digits = ("GiB", 2**30, 1) if self.total >= 2**30 else ("MiB", 2**20, 0)
+        parts = [
+            f"{f.name} {getattr(self, f.name) / size:.{digits}f}" for f in dataclasses.fields(self)
+        ]
+        return f"{self.total / size:.{digits}f} {unit} at the peak ({', '.join(parts)})"
 
 
 def estimate_memory(setting: MemorySetting) -> MemoryEstimate:

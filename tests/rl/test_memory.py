@@ -70,7 +70,9 @@ def test_parts(setting):
     held = estimate_memory(dataclasses.replace(setting, reference=True))
     assert held == dataclasses.replace(full, reference=full.weights)
     assert held.total == full.total + full.weights
-    assert f"{held.total / 2**30:.2f} GiB" in str(held)
+    assert str(held).startswith(f"{held.total / 2**20:.0f} MiB at the peak (weights ")
+    large = MemoryEstimate(3 * 2**29, 0, 2**30, 0, 2**28)
+    assert str(large).startswith("2.8 GiB at the peak (weights 1.5, reference 0.0, optimizer 1.0")
 
 
 def test_half_the_width_takes_half_the_weights(setting):
