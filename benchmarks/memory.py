@@ -33,6 +33,7 @@ from rl.memory import (
     example_trajectory,
     random_policy,
 )
+from rl.policy.vision import vision_tower
 from rl.trajectory import RolloutRequest, Sample, TrajectoryGroup
 from tests.tiny import tiny_model, tiny_processor
 
@@ -205,7 +206,7 @@ def train(case: Case) -> int:
     setting = case.setting()
     policy = random_policy(setting)
     if not case.train_vision:
-        policy.get_encoder(modality="video").requires_grad_(False)
+        vision_tower(policy).requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
         trainer = MeasuredTrainer(
             policy,

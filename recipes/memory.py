@@ -12,7 +12,7 @@ from recipes.loading import Recipe
 from recipes.schema import LADAPORecipe, SFTRecipe
 from rl.data.media import MediaProcessor
 from rl.memory import MemoryEstimate, MemorySetting, estimate_memory
-from rl.sft.taught import span_lengths
+from rl.sft.taught import answer_ids, span_lengths
 from rl.trajectory import Sample
 
 
@@ -102,8 +102,7 @@ def _sft(
         )
 
     def answer(sample: Sample) -> int:
-        text = train.answer_template.replace("{answer}", sample.answer)
-        return len(media.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
+        return len(answer_ids(sample, train.answer_template, media.tokenizer)) + 1
 
     latents = max(sum(spans(sample)) for sample in plan.train)
     markers = 2 * max(len(spans(sample)) for sample in plan.train)

@@ -93,7 +93,7 @@ class ReplayLoss(GRPOTrainer):
         plan = self.passes.plan(inputs["trajectories"])
         parts = [{**inputs, **self._part(inputs, rows)} for rows in plan]
         metrics = self._metrics["train" if self.model.training else "eval"]
-        logged = [(name, len(values)) for name, values in metrics.items()]
+        logged = {name: len(values) for name, values in metrics.items()}
         found: list[dict[str, list[float]]] = []
         loss = torch.zeros((), device=self.accelerator.device)
         for part in parts:
@@ -103,7 +103,7 @@ class ReplayLoss(GRPOTrainer):
                 if not last and torch.is_grad_enabled():
                     self.accelerator.backward(share)
             loss = loss + (share if last else share.detach())
-            found.append(_take_new(metrics, dict(logged)))
+            found.append(_take_new(metrics, logged))
         tokens = torch.stack([(p["completion_mask"] * p["tool_mask"]).sum() for p in parts])
         weights = gathered(tokens[None].float()).sum(0).tolist()
         by_row = self.importance_sampling_level == "sequence"

@@ -31,8 +31,17 @@ from rl.errors import PolicyError, TrajectoryError
 from rl.interfaces import Media
 from rl.policy.adapters import with_whole_head
 from rl.policy.heads import HeadConfig
-from rl.policy.model import CONFIG_KEY, LatentPolicy, model_class, policy_class, read_config
-from rl.policy.protocol import LatentProtocol
+from rl.policy.model import (
+    CONFIG_KEY,
+    LatentPolicy,
+    model_class,
+    new_settings,
+    placeholder_ids,
+    policy_class,
+    read_config,
+)
+from rl.policy.protocol import LatentProtocol, LatentTokens
+from rl.policy.vision import vision_tower
 from rl.scoring import Replay, collate, replay
 from rl.trajectory import MediaKey, Sampling, Trajectory
 
@@ -182,16 +191,11 @@ def _settings(config: PretrainedConfig, head: HeadConfig) -> dict[str, Any]:
     """What `make_policy` would write into a plain model's config; the protocol's tokens are the
     last ones that stand for no medium.
     """
-    placeholders = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
-    banned = [p for p in placeholders if p is not None]
+    banned = placeholder_ids(config)
     ids = reversed(range(config.get_text_config().vocab_size))
     filler, end, start = itertools.islice((i for i in ids if i not in banned), 3)
-    return {
-        "version": 1,
-        "protocol": LatentProtocol().to_dict(),
-        "tokens": {"start": start, "end": end, "filler": filler, "banned": banned},
-        "head": head.to_dict(),
-    }
+    tokens = LatentTokens(start, end, filler, tuple(banned))
+    return new_settings(LatentProtocol(), tokens, head)
 
 
 def trained_model(policy: Any, setting: MemorySetting) -> Any:
@@ -200,7 +204,7 @@ def trained_model(policy: Any, setting: MemorySetting) -> Any:
     """
     policy.train()
     if not setting.train_vision:
-        policy.get_encoder(modality="video").requires_grad_(False)
+        vision_tower(policy).requires_grad_(False)
     model = policy
     if setting.peft_config is not None:
         from peft import get_peft_model

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from rl.interfaces import MediaSource
 from rl.policy.model import LatentPolicy
-from rl.scoring import Replay, collate, prompt_key, replay
+from rl.scoring import Replay, collate, prompt_groups, replay
 from rl.trajectory import Trajectory
 
 
@@ -76,10 +76,8 @@ def plan_passes(
     fullest that has room. With `at_least`, there are that many passes or as many as rows: processes
     that train together need the same number.
     """
-    groups: dict[object, list[int]] = {}
-    for row, t in enumerate(trajectories):
-        groups.setdefault(prompt_key(t), []).append(row)
-    pieces = [piece for rows in groups.values() for piece in _cut_group(trajectories, rows, budget)]
+    groups = prompt_groups(trajectories)
+    pieces = [piece for rows in groups for piece in _cut_group(trajectories, rows, budget)]
     passes: list[list[list[int]]] = []
     used: list[int] = []
     for piece in sorted(pieces, key=lambda rows: -_cost(trajectories, rows)):

@@ -51,9 +51,12 @@ class ReplayBatch:
         )
 
 
-def prompt_key(trajectory: Trajectory) -> tuple[Any, ...]:
-    """What two trajectories have in common if their prompts are computed once."""
-    return trajectory.media, trajectory.prompt_ids.tobytes()
+def prompt_groups(trajectories: Sequence[Trajectory]) -> list[list[int]]:
+    """The rows of `trajectories` whose prompt and clips are the same, and so are computed once."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for row, t in enumerate(trajectories):
+        groups.setdefault((t.media, t.prompt_ids.tobytes()), []).append(row)
+    return list(groups.values())
 
 
 def collate(
@@ -66,13 +69,10 @@ def collate(
     clip is there once however many prompts show it. Raises `TrajectoryError` for one that was
     sampled under another protocol.
     """
-    members: dict[tuple[Any, ...], list[int]] = {}
-    for row, t in enumerate(trajectories):
-        members.setdefault(prompt_key(t), []).append(row)
     # Sequences of equal length stand side by side, where attention computes them together.
     groups = [
         sorted(rows, key=lambda row: len(trajectories[row].completion_ids))
-        for rows in members.values()
+        for rows in prompt_groups(trajectories)
     ]
     groups.sort(key=lambda rows: (len(rows) > 1, _length(trajectories[rows[0]])))
     layout = PackLayout.of(

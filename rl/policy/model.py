@@ -214,6 +214,29 @@ def policy_settings(config: PretrainedConfig) -> dict[str, Any]:
     return settings
 
 
+def new_settings(
+    protocol: LatentProtocol, tokens: LatentTokens, head: HeadConfig
+) -> dict[str, Any]:
+    """The ``foresight`` entry of a new policy's config."""
+    return {
+        "version": _CONFIG_VERSION,
+        "protocol": protocol.to_dict(),
+        "tokens": {
+            "start": tokens.start,
+            "end": tokens.end,
+            "filler": tokens.filler,
+            "banned": list(tokens.banned),
+        },
+        "head": head.to_dict(),
+    }
+
+
+def placeholder_ids(config: PretrainedConfig) -> list[int]:
+    """The tokens that stand for images and videos in a prompt."""
+    ids = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
+    return [token for token in ids if token is not None]
+
+
 def protocol_and_tokens(config: PretrainedConfig) -> tuple[LatentProtocol, LatentTokens]:
     """The protocol of a policy's config, and the ids of its tokens."""
     settings = policy_settings(config)
@@ -271,19 +294,8 @@ def make_policy(
         if tokenizer.convert_tokens_to_ids(t) in (None, tokenizer.unk_token_id)
     ]
     tokenizer.add_tokens(new, special_tokens=True)
-    placeholders = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
-    tokens = protocol.resolve(tokenizer, [p for p in placeholders if p is not None])
-    settings = {
-        "version": _CONFIG_VERSION,
-        "protocol": protocol.to_dict(),
-        "tokens": {
-            "start": tokens.start,
-            "end": tokens.end,
-            "filler": tokens.filler,
-            "banned": list(tokens.banned),
-        },
-        "head": head.to_dict(),
-    }
+    tokens = protocol.resolve(tokenizer, placeholder_ids(config))
+    settings = new_settings(protocol, tokens, head)
     setattr(config, CONFIG_KEY, settings)
     policy = _load(cls, path, config=config, new_head=True, **kwargs)
     if len(tokenizer) > policy.get_input_embeddings().weight.shape[0]:

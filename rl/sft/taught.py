@@ -9,6 +9,7 @@ or which hidden state gives a latent's mean.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +59,12 @@ def completion_ids(
     for length in lengths:
         ids += [tokens.start, *[tokens.filler] * length, tokens.end]
     return np.array([*ids, *answer, eos], dtype=np.int64)
+
+
+def answer_ids(sample: Sample, template: str, tokenizer: Any) -> list[int]:
+    """The tokens of a sample's answer in `template`, without the end of sequence."""
+    text = template.replace("{answer}", sample.answer)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def taught_trajectory(

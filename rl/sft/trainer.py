@@ -26,7 +26,7 @@ from rl.policy.vision import vision_tower
 from rl.scoring import ReplayBatch, collate
 from rl.sft.alignment import LatentLoss, latent_alignment_loss
 from rl.sft.targets import Targets, compute_targets
-from rl.sft.taught import completion_ids, span_lengths, taught_trajectory
+from rl.sft.taught import answer_ids, completion_ids, span_lengths, taught_trajectory
 from rl.trajectory import MediaKey, Sample, Trajectory
 
 
@@ -154,7 +154,7 @@ class LatentSFTTrainer(Trainer):
             for s in self.samples
         ]
         self._shares = [imagine_probability(s, args.imagine_share) for s in self.samples]
-        self._answers = [self._answer(s, args.answer_template) for s in self.samples]
+        self._answers = [answer_ids(s, args.answer_template, media.tokenizer) for s in self.samples]
         self._eos = _end_of_sequence(self.policy, media.tokenizer)
         self._prompts: dict[int, tuple[np.ndarray, MediaKey]] = {}
         self._completions: dict[tuple[int, bool], tuple[np.ndarray, int]] = {}
@@ -234,10 +234,6 @@ class LatentSFTTrainer(Trainer):
             clip = self.source.get(self.media.key(sample))
             self._prompts[index] = self.media.encode(sample, [clip]).input_ids, clip.key
         return self._prompts[index]
-
-    def _answer(self, sample: Sample, template: str) -> list[int]:
-        text = template.replace("{answer}", sample.answer)
-        return self.media.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     # -- the loss ----------------------------------------------------------------------------------
 

@@ -93,29 +93,28 @@ def build(world, tmp_path):
     return make
 
 
-def passes_of(trainer) -> list[dict]:
-    """Fills with the inputs of each loss, once the trainer runs."""
-    seen = []
+def watch(trainer, note) -> None:
+    """Hands the inputs of each loss to `note`, once the trainer runs."""
 
     class Spy(LADAPOTrainer):
         def _compute_loss(self, model, inputs):
-            seen.append(inputs)
+            note(inputs)
             return super()._compute_loss(model, inputs)
 
     trainer.__class__ = Spy
+
+
+def passes_of(trainer) -> list[dict]:
+    """Fills with the inputs of each loss."""
+    seen = []
+    watch(trainer, seen.append)
     return seen
 
 
 def watched(trainer) -> dict:
-    """Fills with the inputs of the loss, once the trainer runs: of the last one."""
+    """Fills with the inputs of the loss: of the last one."""
     seen = {}
-
-    class Spy(LADAPOTrainer):
-        def _compute_loss(self, model, inputs):
-            seen.update(inputs)
-            return super()._compute_loss(model, inputs)
-
-    trainer.__class__ = Spy
+    watch(trainer, seen.update)
     return seen
 
 
