@@ -12,18 +12,25 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from recipes.schema import LADAPORecipe, SFTRecipe
+from recipes.schema import LADAPORecipe, RecipeBase, SFTRecipe
 from rl.errors import RecipeError
 
-Recipe = LADAPORecipe | SFTRecipe
-STAGES: dict[str, type[LADAPORecipe] | type[SFTRecipe]] = {
-    "sft": SFTRecipe,
-    "la_dapo": LADAPORecipe,
-}
+Recipe = LADAPORecipe | SFTRecipe  # of the stages that train
+STAGES: dict[str, type[RecipeBase]] = {"sft": SFTRecipe, "la_dapo": LADAPORecipe}
 _SHOWN = 12  # problems in one message: it should fit a screen
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe of a stage that trains, as `load_any_recipe` does."""
+    recipe = load_any_recipe(path, overrides)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(
+            f"{path}: stage {recipe.stage!r} trains nothing; start it with `foresight run`"
+        )
+    return recipe
+
+
+def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeBase:
     """Read a recipe; `overrides` are ``a.b=value`` with a value in YAML, as if written in the file.
 
     Raises `RecipeError` that lists every problem with its key.
@@ -45,7 +52,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(values, source=str(path), folder=file.absolute().parent)
 
 
-def parse_recipe(values: Mapping[str, Any], *, source: str, folder: Path) -> Recipe:
+def parse_recipe(values: Mapping[str, Any], *, source: str, folder: Path) -> RecipeBase:
     """Check the values of a recipe; `source` opens messages, relative paths start from `folder`."""
     stage = values.get("stage")
     if not isinstance(stage, str) or stage not in STAGES:
@@ -68,7 +75,7 @@ def parse_recipe(values: Mapping[str, Any], *, source: str, folder: Path) -> Rec
     raise RecipeError("\n  ".join([f"{source}: {count} in the recipe", *shown]))
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: RecipeBase) -> str:
     """The recipe with all its defaults, as YAML."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
@@ -175,11 +182,11 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return next(filter(None, map(_section, get_args(annotation))), None)
 
 
-def _extra_problems(recipe: Recipe) -> Iterator[str]:
+def _extra_problems(recipe: RecipeBase) -> Iterator[str]:
     """What is wrong with `train.extra`: unknown arguments, wrong types, and what has a key of its
     own.
     """
-    if not recipe.train.extra:
+    if not isinstance(recipe, Recipe) or not recipe.train.extra:
         return
     from recipes.configs import config_class  # here, because it loads the trainers
 

@@ -12,7 +12,7 @@ from recipes.loading import Recipe
 from recipes.schema import LADAPORecipe, SFTRecipe
 from rl.data.media import MediaProcessor
 from rl.memory import MemoryEstimate, MemorySetting, estimate_memory
-from rl.sft.taught import answer_ids, span_lengths
+from rl.sft.taught import span_lengths, taught_texts
 from rl.trajectory import Sample
 
 
@@ -101,8 +101,15 @@ def _sft(
             tokens_per_patch=train.tokens_per_patch,
         )
 
-    def answer(sample: Sample) -> int:
-        return len(answer_ids(sample, train.answer_template, media.tokenizer)) + 1
+    def text(sample: Sample) -> int:
+        texts = taught_texts(
+            sample,
+            len(sample.imagine),
+            answer_template=train.answer_template,
+            reasoning_template=train.reasoning_template,
+            tokenizer=media.tokenizer,
+        )
+        return sum(map(len, texts)) + 1
 
     latents = max(sum(spans(sample)) for sample in plan.train)
     markers = 2 * max(len(spans(sample)) for sample in plan.train)
@@ -110,7 +117,7 @@ def _sft(
         **common,  # type: ignore[arg-type]
         group_size=1,
         groups=train.rows_per_pass,
-        completion_tokens=latents + markers + max(answer(sample) for sample in plan.train),
+        completion_tokens=latents + markers + max(text(sample) for sample in plan.train),
         latents=latents,
         micro_batches=train.rows_per_step // train.rows_per_pass,
         train_vision=not train.freeze_vision,

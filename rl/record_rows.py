@@ -20,7 +20,10 @@ MARK = "foresight_record"  # the key by which a line says that it is a record's
 
 Row = dict[str, Any]
 PLACE = ("step", "rollout", "rank", "group")
-EMPTY: Row = {"video": "", "answer": "", "options": [], "frames": [], "imagine": []}
+EMPTY: Row = {
+    **{"video": "", "answer": "", "options": [], "frames": [], "imagine": []},
+    **{"reasoning": [], "window": None, "pool": 0, "images": []},
+}
 
 Check = tuple[Callable[[Any], bool], str]  # is the value right, and what to write instead
 
@@ -64,7 +67,7 @@ def _recorded(values: Row, where: str) -> Row:
         )
     if values[MARK] == 1 and _object(values.get("sampling")):  # before there was truncation
         values = {**values, "sampling": {"top_p": 1.0, "top_k": 0, **values["sampling"]}}
-    _check(values, {**SAMPLE, **RECORD}, where, optional=("options", "frames", "imagine"))
+    _check(values, {**SAMPLE, **RECORD}, where, optional=tuple(EMPTY.keys() - {"video", "answer"}))
     for key in ("invalid", "arrays"):
         if key in values:
             _check(values, {key: OPTIONAL[key]}, where)
@@ -214,6 +217,13 @@ SAMPLE: dict[str, Check] = {
         lambda v: _list(v, _wholes),
         "a list of spans, each a list of frame numbers: [[4, 5], [6, 7]]",
     ),
+    "reasoning": (lambda v: _list(v, _text), "a list of texts"),
+    "window": (
+        lambda v: v is None or (_list(v, _maybe) and len(v) == 2 and None not in v),
+        "two times in seconds, such as [1.5, 4], or null",
+    ),
+    "pool": (_whole, "the number of frames that `frames` and `imagine` choose from"),
+    "images": (lambda v: _list(v, _text), "a list of paths"),
     "outcome": (
         lambda v: v is None or _flag(v) or (_maybe(v) and v in (0, 1)),
         "1 (or true) for right, 0 (or false) for wrong, null where it is unknown",

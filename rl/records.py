@@ -297,6 +297,10 @@ def _common_sample(path: Path, members: Sequence[tuple[int, Row]]) -> Sample:
         frames=tuple(first["frames"]),
         imagine=tuple(tuple(span) for span in first["imagine"]),
         extra=extra,
+        reasoning=tuple(first["reasoning"]),
+        window=None if first["window"] is None else (first["window"][0], first["window"][1]),
+        pool=first["pool"],
+        images=tuple(first["images"]),
     )
 
 

@@ -18,11 +18,17 @@ _SAME_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class MediaKey:
-    """Names one processed clip without holding a pixel."""
+    """Names one processed clip without holding a pixel.
+
+    `files` are the images that a clip is made of where there is no video file; `path` then only
+    names it in messages. `content` is a fingerprint of what the files hold, where one was taken.
+    """
 
     path: str
     frames: tuple[int, ...]  # indices into the file, in order
     processor: str  # fingerprint of the processor that turns frames into tensors
+    files: tuple[str, ...] = ()
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,13 @@ class Sample:
 
     `question` is the user's text, `answer` the reference answer and `options` the choices it was
     taken from (empty for open answers). `frames` are the frame indices shown to the model;
-    `imagine` lists, for each latent span that SFT should teach, the frame indices it should depict.
+    `imagine` lists, for each latent span that SFT should teach, the frame indices it should depict,
+    and `reasoning` the texts around those spans: before the first, between, and behind the last
+    (one more than spans; one text where there are no spans; none where there is nothing to teach).
+
+    `window` is the part of the video that counts, in seconds. With a `pool`, `frames` and `imagine`
+    do not count frames of the file but places (from 0) in the middles of so many equal parts of it.
+    `images` are the files of a clip that is no video file; `video` then names it in messages.
     `extra` holds the other columns, for rewards.
     """
 
@@ -43,6 +55,10 @@ class Sample:
     frames: tuple[int, ...] = ()
     imagine: tuple[tuple[int, ...], ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
+    reasoning: tuple[str, ...] = ()
+    window: tuple[float, float] | None = None
+    pool: int = 0
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

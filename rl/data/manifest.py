@@ -10,6 +10,7 @@
 | options | texts | optional; the choices |
 | frames | integers | optional; the frames shown to the model, ascending |
 | imagine | lists of integers | optional; for each latent span, the frames it should depict |
+| reasoning | texts | optional; what to write around the spans: one text more than spans |
 | id | text or integer | optional; "<manifest's name>:<line>" otherwise |
 
 Every other column is kept in `Sample.extra`, where rewards find it.
@@ -26,7 +27,7 @@ from typing import Any
 from rl.errors import DataError, MissingVideoError
 from rl.trajectory import Sample
 
-COLUMNS = ("id", "video", "question", "answer", "options", "frames", "imagine")
+COLUMNS = ("id", "video", "question", "answer", "options", "frames", "imagine", "reasoning")
 
 
 def read_manifest(
@@ -105,7 +106,8 @@ class _Row:
             answer=self.answer(options),
             options=options,
             frames=self.frames("frames", self.values.get("frames")),
-            imagine=self.imagine(),
+            imagine=(imagine := self.imagine()),
+            reasoning=self.reasoning(len(imagine)),
             extra={k: v for k, v in self.values.items() if k not in COLUMNS},
         )
 
@@ -220,6 +222,21 @@ class _Row:
                 "imagine", value, "a list of spans, each a list of frame numbers: [[4, 5], [6, 7]]"
             )
         return tuple(self.frames("imagine", span) for span in value)
+
+    def reasoning(self, spans: int) -> tuple[str, ...]:
+        value = self.values.get("reasoning")
+        if value is None:
+            return ()
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise self.wrong_type("reasoning", value, "a list of texts, or one text")
+        if len(texts) != spans + 1:
+            raise DataError(
+                f"{self.where}: column 'reasoning' has {len(texts)} texts, and 'imagine' {spans} "
+                "spans; give one text more than there are spans (empty ones where nothing is "
+                "written)"
+            )
+        return tuple(texts)
 
     def wrong_type(self, column: str, value: Any, wanted: str) -> DataError:
         return DataError(f"{self.where}: column {column!r} is {_kind(value)}; write {wanted}")

@@ -50,21 +50,31 @@ def span_lengths(
 
 
 def completion_ids(
-    lengths: Sequence[int], answer: Sequence[int], tokens: LatentTokens, eos: int
+    texts: Sequence[Sequence[int]], lengths: Sequence[int], tokens: LatentTokens, eos: int
 ) -> np.ndarray:
-    """A start token, fillers and an end token for each span, then the answer and the end of
-    sequence: int64 [C].
+    """The token ids of the N + 1 `texts` around N spans, each span a start token, fillers and an
+    end token, and then the end of sequence: int64 [C].
     """
-    ids: list[int] = []
-    for length in lengths:
-        ids += [tokens.start, *[tokens.filler] * length, tokens.end]
-    return np.array([*ids, *answer, eos], dtype=np.int64)
+    ids = [*texts[0]]
+    for length, text in zip(lengths, texts[1:], strict=True):
+        ids += [tokens.start, *[tokens.filler] * length, tokens.end, *text]
+    return np.array([*ids, eos], dtype=np.int64)
 
 
-def answer_ids(sample: Sample, template: str, tokenizer: Any) -> list[int]:
-    """The tokens of a sample's answer in `template`, without the end of sequence."""
-    text = template.replace("{answer}", sample.answer)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def taught_texts(
+    sample: Sample, spans: int, *, answer_template: str, reasoning_template: str, tokenizer: Any
+) -> list[list[int]]:
+    """The tokens of the `spans` + 1 texts around a sample's spans, the last with its answer.
+
+    Where a sample is taught without its spans (0 of them), the reasoning is one text after the
+    other. Empty reasoning is not written at all.
+    """
+    pieces = list(sample.reasoning) or [""] * (spans + 1)
+    written = [reasoning_template.replace("{reasoning}", p) if p.strip() else "" for p in pieces]
+    if not spans:
+        written = ["".join(written)]
+    written[-1] += answer_template.replace("{answer}", sample.answer)
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in written]
 
 
 def taught_trajectory(

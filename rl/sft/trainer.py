@@ -26,7 +26,7 @@ from rl.policy.vision import vision_tower
 from rl.scoring import ReplayBatch, collate
 from rl.sft.alignment import LatentLoss, latent_alignment_loss
 from rl.sft.targets import Targets, compute_targets
-from rl.sft.taught import answer_ids, completion_ids, span_lengths, taught_trajectory
+from rl.sft.taught import completion_ids, span_lengths, taught_texts, taught_trajectory
 from rl.trajectory import MediaKey, Sample, Trajectory
 
 
@@ -53,6 +53,10 @@ class LatentSFTConfig(TrainingArguments):
     )
     answer_template: str = field(
         default="<answer>{answer}</answer>", metadata={"help": "The text of a final answer."}
+    )
+    reasoning_template: str = field(
+        default="<reason>{reasoning}</reason>",
+        metadata={"help": "The text of a piece of reasoning around latent spans."},
     )
     freeze_vision: bool = field(
         default=True, metadata={"help": "Whether the vision tower is left as it is."}
@@ -154,7 +158,6 @@ class LatentSFTTrainer(Trainer):
             for s in self.samples
         ]
         self._shares = [imagine_probability(s, args.imagine_share) for s in self.samples]
-        self._answers = [answer_ids(s, args.answer_template, media.tokenizer) for s in self.samples]
         self._eos = _end_of_sequence(self.policy, media.tokenizer)
         self._prompts: dict[int, tuple[np.ndarray, MediaKey]] = {}
         self._completions: dict[tuple[int, bool], tuple[np.ndarray, int]] = {}
@@ -223,7 +226,14 @@ class LatentSFTTrainer(Trainer):
         if (index, imagines) not in self._completions:
             tokens = self.policy.latent_tokens
             lengths = self._lengths[index] if imagines else ()
-            ids = completion_ids(lengths, self._answers[index], tokens, self._eos)
+            texts = taught_texts(
+                self.samples[index],
+                len(lengths),
+                answer_template=self.args.answer_template,
+                reasoning_template=self.args.reasoning_template,
+                tokenizer=self.media.tokenizer,
+            )
+            ids = completion_ids(texts, lengths, tokens, self._eos)
             slots = self.policy.protocol.trace(ids, tokens).slots
             self._completions[index, imagines] = ids, int((slots != Slot.FORCED).sum())
         return self._completions[index, imagines]

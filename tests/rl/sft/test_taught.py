@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from rl.errors import DataError
 from rl.policy.protocol import LatentProtocol, LatentTokens, Slot
-from rl.sft.taught import completion_ids, span_lengths
+from rl.sft.taught import completion_ids, span_lengths, taught_texts
 from rl.trajectory import Sample
 
 TOKENS = LatentTokens(start=90, end=91, filler=92)
@@ -19,25 +21,42 @@ def sample(*spans: tuple[int, ...]) -> Sample:
 
 
 def test_completion_with_two_spans() -> None:
-    ids = completion_ids((2, 1), [5, 6], TOKENS, EOS)
-    assert ids.tolist() == [90, 92, 92, 91, 90, 92, 91, 5, 6, 99]
+    ids = completion_ids([[], [7], [5, 6]], (2, 1), TOKENS, EOS)
+    assert ids.tolist() == [90, 92, 92, 91, 7, 90, 92, 91, 5, 6, 99]
     trace = LatentProtocol(min_length=1, max_length=2).trace(ids, TOKENS)
     T, D, F = Slot.TOKEN, Slot.DECISION, Slot.FORCED
     # The first latent of a span is below the minimum and forced; at the maximum the end is.
-    assert trace.slots.tolist() == [T, F, D, F, T, F, D, T, T, T]
+    assert trace.slots.tolist() == [T, F, D, F, T, T, F, D, T, T, T]
 
 
 def test_completion_without_spans_is_the_answer() -> None:
-    assert completion_ids((), [5, 6], TOKENS, EOS).tolist() == [5, 6, 99]
+    assert completion_ids([[5, 6]], (), TOKENS, EOS).tolist() == [5, 6, 99]
 
 
 @given(st.lists(st.integers(1, 5), max_size=4), st.lists(st.integers(0, 80), max_size=6))
 def test_the_protocol_reads_back_what_was_laid_out(spans: list[int], answer: list[int]) -> None:
-    ids = completion_ids(spans, answer, TOKENS, EOS)
+    ids = completion_ids([[] for _ in spans] + [answer], spans, TOKENS, EOS)
     trace = LatentProtocol(min_length=1, max_length=5, max_spans=4).trace(ids, TOKENS)
     assert trace.span_lengths == tuple(spans)
     assert int((ids == TOKENS.filler).sum()) == sum(spans)
     assert np.all(trace.slots[-len(answer) - 1 :] == Slot.TOKEN)
+
+
+def test_reasoning_stands_around_spans() -> None:
+    def write(row: Sample, spans: int) -> list[str]:
+        texts = taught_texts(
+            row,
+            spans,
+            answer_template="={answer}",
+            reasoning_template="[{reasoning}]",
+            tokenizer=lambda text, add_special_tokens: {"input_ids": list(text)},
+        )
+        return ["".join(map(str, text)) for text in texts]
+
+    row = replace(sample((4, 5), (6, 7)), reasoning=("it falls", "", "it lands"))
+    assert write(row, 2) == ["[it falls]", "", "[it lands]=A"]
+    assert write(row, 0) == ["[it falls][it lands]=A"]
+    assert write(sample((4, 5)), 1) == ["", "=A"]
 
 
 def test_span_lengths_count_temporal_patches() -> None:
