@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.shapes import SIZES, config_of
+from rl.errors import VideoError
 from rl.interfaces import GroupScores, ScoringLog, WeightUpdate
 from rl.la_dapo import LADAPOTrainer
 from rl.la_dapo_config import LADAPOConfig
@@ -124,6 +125,9 @@ class ExampleRollouts:
             )
             for r in requests
         ]
+
+    def broken(self, samples: Sequence[Sample]) -> dict[str, VideoError]:
+        return {}
 
     def update_weights(self, update: WeightUpdate) -> int:
         return update.version

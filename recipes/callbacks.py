@@ -1,9 +1,8 @@
-"""What happens beside training: metrics on disk, a progress bar, validation."""
+"""What happens beside training: metrics on disk, a progress bar."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -16,9 +15,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from recipes.evaluate import Evaluation
 from recipes.run_folder import RunFolder
 
 # What a line on the screen shows of a log, where it is there: name in the log, name and format
@@ -103,44 +101,3 @@ class TrainingProgress(TrainerCallback):
     def stop(self) -> None:
         """Take the bar off the screen; also after an error."""
         self._bar.stop()
-
-
-class Validation(TrainerCallback):
-    """Greedy accuracy before the first step, every `every` steps, and after the last."""
-
-    def __init__(self, every: int) -> None:
-        self._every = every
-
-    def prepare(self, trainer: Trainer, measure: Callable[[], Evaluation]) -> None:
-        """Say whose log to write to and how to measure; the trainer exists only after its
-        callbacks.
-        """
-        self._trainer, self._measure = trainer, measure
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step == 0:
-            self._validate(control)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
-            self._validate(control)
-
-    def _validate(self, control: TrainerControl) -> None:
-        score = self._measure().scores["free"]
-        due = control.should_log  # logging clears it, and the training metrics are still to come
-        # The base class's log: GRPOTrainer's own would hand out the training metrics before their
-        # time.
-        Trainer.log(
-            self._trainer,
-            {
-                "validation/accuracy": score.accuracy,
-                "validation/share_imagining": score.imagining,
-                "validation/spans": score.spans,
-                "validation/latents": score.latents,
-            },
-        )
-        control.should_log = due

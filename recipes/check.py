@@ -6,21 +6,23 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoProcessor
 
 from recipes.engines import EngineChoice, recipe_engine
 from recipes.loading import Recipe
-from recipes.schema import LADAPORecipe, SFTRecipe
+from recipes.schema import ClipSection, LADAPORecipe, RecipeBase, RewardSection, SFTRecipe
 from rewards.batch import make_batch
 from rewards.look import look
 from rewards.registry import BUILTIN, build_terms, check_signature
 from rewards.terms import RewardTerm, check_terms, overweight
-from rl.data.manifest import read_manifest
+from rl.data.broken import BadVideos, of_sample
+from rl.data.formats import SampleSet, read_samples
+from rl.data.frames import FrameRule
 from rl.data.media import MediaProcessor
-from rl.errors import ObjectiveError, PolicyError, RecipeError
+from rl.errors import ObjectiveError, PolicyError, RecipeError, VideoError
 from rl.export import POLICY
 from rl.policy.heads import HeadConfig
 from rl.policy.model import CONFIG_KEY, policy_settings
@@ -29,17 +31,25 @@ from rl.trajectory import Sample
 
 
 @dataclass(frozen=True)
-class Plan:
+class Start:
+    """The policy that a recipe starts from: what it will be, and whether it has to be made."""
+
+    processor: Any
+    protocol: LatentProtocol
+    head: HeadConfig
+    is_policy: bool  # whether `policy.path` is a policy already
+    as_it_is: bool  # whether the run starts from exactly that policy
+
+
+@dataclass(frozen=True)
+class Plan(Start):
     """A recipe with everything read that is cheap to read."""
 
     train: list[Sample]
     validation: list[Sample]
     evaluation: list[Sample]
-    processor: Any
-    protocol: LatentProtocol
-    head: HeadConfig
-    is_policy: bool  # whether `policy.path` is a policy already
-    as_it_is: bool  # whether training starts from exactly that policy
+    recognised: list[str]  # what data sets of others were taken for
+    skipped: list[tuple[str, str]]  # rows without their video, by id, and why
     rewards: list[RewardTerm]  # none in SFT
     warnings: list[str]  # what is allowed, and probably not meant
     engine: EngineChoice | None  # what samples; None in SFT
@@ -53,10 +63,10 @@ def check_recipe(recipe: Recipe) -> Plan:
     `VideoError`, `ObjectiveError` or `RecipeError`.
     """
     check_processes(recipe)
-    settings = read_settings(recipe.policy.path)
-    protocol, head = _protocol(recipe, settings), _head(recipe, settings)
-    train, validation, evaluation = _samples(recipe)
-    _check_objective(recipe, protocol)
+    start = read_start(recipe)
+    sets = _samples(recipe)
+    train, validation, evaluation = (s.samples if s is not None else [] for s in sets)
+    _check_objective(recipe, start.protocol)
     rewards, warnings = _check_rewards(recipe, train)
     if len(train) < (needed := _rows_needed(recipe)):
         key = "train.prompts_per_step" if isinstance(recipe, LADAPORecipe) else "train.batch_size"
@@ -64,25 +74,51 @@ def check_recipe(recipe: Recipe) -> Plan:
             f"{key} is {needed}, but {recipe.data.train} gives {len(train)} rows to train on; "
             f"lower it to {len(train)} or less, or add rows"
         )
-    processor = AutoProcessor.from_pretrained(recipe.policy.path)
-    media = media_processor(recipe, processor)
+    media = media_processor(recipe.data, start.processor)
     if not isinstance(recipe, LADAPORecipe):
-        _check_lessons(recipe, train, protocol, head, media)
+        _check_lessons(recipe, train, start.protocol, start.head, media)
     for samples in filter(None, (train, validation, evaluation)):
-        media.process(media.key(samples[0]))
-    own = LatentProtocol.from_dict(settings["protocol"]) if settings else None
+        _check_clip(media, samples, recipe.data.bad_videos)
     return Plan(
-        train,
-        validation,
-        evaluation,
-        processor,
+        **vars(start),
+        train=train,
+        validation=validation,
+        evaluation=evaluation,
+        recognised=_recognised(sets),
+        skipped=[row for s in sets if s is not None for row in s.skipped],
+        rewards=rewards,
+        warnings=warnings,
+        engine=recipe_engine(recipe),
+    )
+
+
+def _check_clip(media: MediaProcessor, samples: Sequence[Sample], bad_videos: BadVideos) -> None:
+    """Show the first clip, or the first that can be shown where the recipe does without others.
+    Raises `VideoError`.
+    """
+    for number, sample in enumerate(samples, start=1):
+        try:
+            media.process(media.key(sample))
+        except VideoError as error:
+            if bad_videos == "stop" or number == len(samples):
+                raise of_sample(sample, error) from error
+        else:
+            return
+
+
+def read_start(recipe: RecipeBase) -> Start:
+    """Read the config and the processor of the recipe's policy, or of the plain model it will be
+    made of. Raises `PolicyError`, for what the recipe wants changed also `ProtocolError`.
+    """
+    settings = read_settings(recipe.policy.path)
+    protocol = _protocol(recipe, settings)
+    own = LatentProtocol.from_dict(settings["protocol"]) if settings else None
+    return Start(
+        AutoProcessor.from_pretrained(recipe.policy.path),
         protocol,
-        head,
+        _head(recipe, settings),
         settings is not None,
         protocol == own,
-        rewards,
-        warnings,
-        recipe_engine(recipe),
     )
 
 
@@ -105,12 +141,13 @@ def check_processes(recipe: Recipe) -> None:
         )
 
 
-def media_processor(recipe: Recipe, processor: Any) -> MediaProcessor:
+def media_processor(data: ClipSection, processor: Any) -> MediaProcessor:
     """The recipe's way of showing clips and asking questions."""
     return MediaProcessor(
         processor,
-        default_frames=recipe.data.default_frames,
-        system_prompt=recipe.data.system_prompt,
+        FrameRule(**data.frames.model_dump()),
+        system_prompt=data.system_prompt,
+        decode_timeout_s=data.decode_timeout_s,
     )
 
 
@@ -140,14 +177,14 @@ def read_settings(path: str) -> dict[str, Any] | None:
     return policy_settings(config) if hasattr(config, CONFIG_KEY) else None
 
 
-def _protocol(recipe: Recipe, settings: dict[str, Any] | None) -> LatentProtocol:
+def _protocol(recipe: RecipeBase, settings: dict[str, Any] | None) -> LatentProtocol:
     own = LatentProtocol.from_dict(settings["protocol"]) if settings else LatentProtocol()
     keys = ("min_length", "max_length", "max_spans", "noise_scale", "density")
     wanted = {key: getattr(recipe.policy, key) for key in keys}
     return replace(own, **{key: value for key, value in wanted.items() if value is not None})
 
 
-def _head(recipe: Recipe, settings: dict[str, Any] | None) -> HeadConfig:
+def _head(recipe: RecipeBase, settings: dict[str, Any] | None) -> HeadConfig:
     section = recipe.policy.head
     wanted = HeadConfig(section.kind, section.width) if section else None
     if settings is None:
@@ -161,30 +198,55 @@ def _head(recipe: Recipe, settings: dict[str, Any] | None) -> HeadConfig:
     return own
 
 
-def _samples(recipe: Recipe) -> tuple[list[Sample], list[Sample], list[Sample]]:
+def _samples(recipe: Recipe) -> tuple[SampleSet, SampleSet | None, SampleSet | None]:
+    """The rows to train on, those for validation and those to evaluate on."""
     data, evaluation = recipe.data, recipe.evaluation
-    train = read_manifest(data.train, video_root=data.video_root, limit=data.limit)
-    validation: list[Sample] = []
-    if data.validation is not None:
-        validation = read_manifest(
-            data.validation, video_root=data.video_root, limit=data.validation_limit
+    missing: Literal["stop", "skip"] = "stop" if data.bad_videos == "stop" else "skip"
+
+    def read(source: str, limit: int | None) -> SampleSet:
+        return read_samples(
+            source,
+            format=data.format,
+            columns=data.columns,
+            video_root=data.video_root,
+            limit=limit,
+            missing=missing,
         )
+
+    train = read(data.train, data.limit)
+    validation = held_out = None
+    if data.validation is not None:
+        validation = read(data.validation, data.validation_limit)
     elif recipe.train.validate_every is not None:
         raise RecipeError(
             "train.validate_every asks for validation, but data.validation names no manifest; add "
             "one, or leave validate_every out"
         )
-    held_out: list[Sample] = []
     if evaluation is not None:
-        held_out = read_manifest(
-            evaluation.manifest, video_root=data.video_root, limit=evaluation.limit
+        held_out = read_samples(
+            evaluation.manifest,
+            format=evaluation.format,
+            columns=evaluation.columns,
+            video_root=evaluation.video_root or data.video_root,
+            limit=evaluation.limit,
+            missing=missing,
         )
-        if evaluation.by is not None and not all(evaluation.by in s.extra for s in held_out):
+        rows = held_out.samples
+        if evaluation.by is not None and not all(evaluation.by in s.extra for s in rows):
             raise RecipeError(
                 f"evaluation.by is {evaluation.by!r}, which is no column of every row of "
                 f"{evaluation.manifest}; leave it out, or name another column"
             )
     return train, validation, held_out
+
+
+def _recognised(sets: Sequence[SampleSet | None]) -> list[str]:
+    keys = ("data.train", "data.validation", "evaluation.manifest")
+    return [
+        f"{key} is {found.recognised}"
+        for key, found in zip(keys, sets, strict=True)
+        if found is not None and found.format != "manifest"
+    ]
 
 
 def _rows_needed(recipe: Recipe) -> int:
@@ -198,6 +260,12 @@ def _check_objective(recipe: Recipe, protocol: LatentProtocol) -> None:
 
     if isinstance(recipe, LADAPORecipe):
         train = recipe.train
+        if protocol.noise_scale > 0.0 and train.objective == "published":
+            raise ObjectiveError(
+                "train.objective is published, but the policy's noise_scale is "
+                f"{protocol.noise_scale}: the release's latents have no noise. Set "
+                "policy.noise_scale to 0, or leave train.objective at exact"
+            )
         if protocol.noise_scale == 0.0 and (train.latent_alpha > 0.0 or train.latent_beta > 0.0):
             raise ObjectiveError(
                 f"train.latent_alpha is {train.latent_alpha} and train.latent_beta "
@@ -242,12 +310,19 @@ def reward_terms(recipe: LADAPORecipe) -> list[RewardTerm]:
 
 
 def _check_rewards(recipe: Recipe, samples: Sequence[Sample]) -> tuple[list[RewardTerm], list[str]]:
-    """The rewards, and what is to be said about them. Those of users are imported, each in a
-    process of its own. Raises `RecipeError` naming the reward.
-    """
+    """The rewards, and what is to be said about them."""
     if not isinstance(recipe, LADAPORecipe):
         return [], []
     terms = reward_terms(recipe)
+    return terms, check_rewards(terms, recipe.rewards, samples)
+
+
+def check_rewards(
+    terms: Sequence[RewardTerm], sections: Sequence[RewardSection], samples: Sequence[Sample]
+) -> list[str]:
+    """What is to be said about rewards, `terms`, that a recipe writes as `sections`. Those of users
+    are imported, each in a process of its own. Raises `RecipeError` naming the reward.
+    """
     check_terms(terms)
     manifest = {column for sample in samples for column in sample.extra}
     ranges = {term.name: term.range for term in terms if term.range is not None}
@@ -255,7 +330,7 @@ def _check_rewards(recipe: Recipe, samples: Sequence[Sample]) -> tuple[list[Rewa
     warnings = []
     theirs = [
         (term, spec.use)
-        for term, spec in zip(terms, recipe.rewards, strict=True)
+        for term, spec in zip(terms, sections, strict=True)
         if spec.use not in BUILTIN
     ]
     targets = [term.seat.target for term, _ in theirs]
@@ -265,4 +340,4 @@ def _check_rewards(recipe: Recipe, samples: Sequence[Sample]) -> tuple[list[Rewa
         warnings += check_signature(term, found, manifest)
         if found.range is not None:
             ranges.setdefault(term.name, found.range)
-    return terms, warnings + overweight(terms, ranges)
+    return warnings + overweight(terms, ranges)

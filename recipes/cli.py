@@ -4,16 +4,16 @@ immediate.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from recipes.cli_base import Debug, RecipeFile, Settings, errors_shown, loading
+from recipes.cli_evaluate import evaluate
+from recipes.cli_rewards import rewards_app
 from rollouts import vllm_cpu
 
 app = typer.Typer(
@@ -22,26 +22,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Reinforcement learning for video models that think in latents.",
 )
-
-rewards_app = typer.Typer(no_args_is_help=True, help="Show rewards, and try one out.")
-app.add_typer(rewards_app, name="rewards")
-
-_USER_MISTAKES = (
-    "RecipeError",
-    "DataError",
-    "VideoError",
-    "ProtocolError",
-    "PolicyError",
-    "ObjectiveError",
-    "CheckpointError",
-)
-
-RecipeFile = Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a key, as in train.max_steps=60."),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the target.")]
 
 
@@ -67,14 +47,31 @@ def main(
 
 @app.command()
 def run(recipe: RecipeFile, settings: Settings = None, debug: Debug = False) -> None:
-    """Train what a recipe says, or resume where that stopped."""
-    with _errors(debug):
-        from recipes.loading import load_recipe
+    """Do what a recipe says, or resume where that stopped."""
+    with errors_shown(debug):
+        from recipes.loading import load_any_recipe
 
-        loaded = load_recipe(recipe, settings or [])
-        with _loading():
-            from recipes.run import run_recipe
-        _announce(run_recipe(loaded, Console()).policy)
+        loaded = load_any_recipe(recipe, settings or [])
+        with loading():
+            from recipes.stages import run_stage
+        _say(run_stage(loaded, Console()))
+
+
+@app.command()
+def select(recipe: RecipeFile, settings: Settings = None, debug: Debug = False) -> None:
+    """Keep the rows in which seeing the intermediate frames helps to answer."""
+    with errors_shown(debug):
+        from recipes.loading import load_any_recipe
+
+        loaded = load_any_recipe(recipe, settings or [])
+        if loaded.stage != "select":
+            raise typer.BadParameter(
+                f"its stage is {loaded.stage}; `foresight select` runs recipes of stage select",
+                param_hint=str(recipe),
+            )
+        with loading():
+            from recipes.stages import run_stage
+        _say(run_stage(loaded, Console()))
 
 
 @app.command()
@@ -82,82 +79,60 @@ def check(
     recipe: RecipeFile,
     settings: Settings = None,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Estimate how much memory an update will take.")
+        bool,
+        typer.Option("--memory", help="Estimate how much memory an update of training will take."),
     ] = False,
     debug: Debug = False,
 ) -> None:
     """Find what is wrong with a recipe, its data and its policy, before anything heavy starts."""
-    estimate = None
-    with _errors(debug):
-        from recipes.loading import load_recipe
+    with errors_shown(debug):
+        from recipes.loading import load_any_recipe
 
-        loaded = load_recipe(recipe, settings or [])
-        with _loading():
-            from recipes.check import check_recipe
+        loaded = load_any_recipe(recipe, settings or [])
+        with loading():
+            from recipes.stages import check_stage
 
-            plan = check_recipe(loaded)
-            if memory:
-                from recipes.memory import recipe_memory
-
-                estimate = recipe_memory(loaded, plan)
-    rows = {"training": plan.train, "validation": plan.validation, "evaluation": plan.evaluation}
-    counts = ", ".join(f"{len(samples)} for {name}" for name, samples in rows.items() if samples)
-    for warning in plan.warnings:
-        typer.echo(f"note: {warning}")
-    typer.echo(f"{recipe} is fine: rows {counts}; runs to {loaded.output}")
-    if plan.engine is not None:
-        typer.echo(str(plan.engine))
-    if estimate is not None:
-        typer.echo(str(estimate))
+            lines = check_stage(loaded, memory=memory)
+        typer.echo(f"{recipe}:")
+        _say(lines)
 
 
-@app.command()
-def evaluate(
-    policy: Annotated[
-        Path, typer.Argument(help="A policy folder or a finished run.", show_default=False)
+app.command()(evaluate)
+app.add_typer(rewards_app, name="rewards")
+
+
+@app.command("data")
+def show_data(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A file with rows, a folder of them, or a data set's name; :split may follow.",
+            show_default=False,
+        ),
     ],
-    data: Annotated[Path, typer.Option(help="Manifest to evaluate on.", show_default=False)],
-    modes: Annotated[
-        str, typer.Option(help="Of free, always and never: whether answers imagine.")
-    ] = "free,always,never",
-    workers: Annotated[int, typer.Option(min=1, help="Ray workers.")] = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="First so many rows.")] = None,
-    by: Annotated[str | None, typer.Option(help="Manifest column to break down by.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in an answer.")] = 2048,
-    frames: Annotated[int, typer.Option(min=1, help="Frames shown of rows that list none.")] = 16,
-    video_root: Annotated[Path | None, typer.Option(help="Where video paths start from.")] = None,
-    system_prompt: Annotated[str | None, typer.Option(help="Opens every prompt.")] = None,
-    engine: Annotated[
-        Literal["auto", "transformers", "vllm"],
-        typer.Option(help="What samples; auto: vllm on GPUs, if installed."),
+    format: Annotated[
+        str, typer.Option(help="How rows are written; auto: told by their columns.")
     ] = "auto",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here as well.")
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OURS=THEIRS", help="A column of ours and what the rows call it."),
     ] = None,
+    video_root: Annotated[Path | None, typer.Option(help="Where video paths start from.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="First so many rows.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Greedy accuracy of a policy: imagining left free, forced and forbidden."""
-    with _errors(debug):
-        with _loading():
-            from recipes.evaluate_command import evaluate_policy
-        evaluation = evaluate_policy(
-            policy,
-            data,
-            modes=modes.split(","),
-            workers=workers,
-            limit=limit,
-            by=by,
-            max_new_tokens=max_new_tokens,
-            default_frames=frames,
+    """Look at a data set: what it is recognised as, rows as the model is asked, what is missing."""
+    with errors_shown(debug):
+        with loading():
+            from recipes.data_command import show_data as show
+        show(
+            source,
+            Console(),
+            format=format,
+            columns=columns or [],
             video_root=video_root,
-            system_prompt=system_prompt,
-            engine=engine,
-            console=Console(),
+            limit=limit,
         )
-        Console().print(evaluation.table())
-        if json_file is not None:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n")
 
 
 @app.command()
@@ -178,15 +153,16 @@ def export(
     """Write a plain, verified policy folder."""
     if dtype not in (None, "float32", "bfloat16"):
         raise typer.BadParameter("choose float32 or bfloat16", param_hint="--dtype")
-    with _errors(debug):
-        with _loading():
+    with errors_shown(debug):
+        with loading():
             import torch
 
             from rl.export import export_policy
         with Console(stderr=True).status("exporting"):
             kind = None if dtype is None else getattr(torch, dtype)
             path = export_policy(source, target, base=base, overwrite=overwrite, dtype=kind)
-        _announce(path)
+            from recipes.stages import where_policy
+        _say(where_policy(str(path)))
 
 
 @app.command()
@@ -198,117 +174,36 @@ def quickstart(
     """Teach a tiny video model to imagine, from video files to an exported policy, in minutes on a
     CPU.
     """
-    with _errors(debug):
-        with _loading():
+    with errors_shown(debug):
+        with loading():
             from recipes.quickstart.main import run_quickstart
         run_quickstart(output, seed)
 
 
-@rewards_app.command("list")
-def rewards_list(debug: Debug = False) -> None:
-    """Show the rewards that come with Foresight and those of installed packages."""
-    with _errors(debug):
-        with Console(stderr=True).status("importing rewards"):
-            from recipes.rewards_list import OWN, rewards_table
-
-            table = rewards_table()
-        Console().print(table)
-        Console().print(OWN, highlight=False)
-
-
-@rewards_app.command("try")
-def rewards_try(
-    use: Annotated[
-        str,
-        typer.Argument(
-            help="As in a recipe: a name, file.py:function or package.module:function.",
-            show_default=False,
-        ),
-    ],
-    on: Annotated[
-        Path,
-        typer.Option(
-            "--on",
-            metavar="PATH",
-            help="A run, its folder of trajectories, or a JSONL file with questions and "
-            "completions.",
-            show_default=False,
-        ),
-    ],
-    options: Annotated[
-        list[str] | None,
-        typer.Option("--option", metavar="KEY=VALUE", help="An option of the reward."),
+@app.command()
+def study(
+    seeds: Annotated[str, typer.Option(help="Of everything random, with commas.")] = "0,1,2",
+    variants: Annotated[
+        str | None, typer.Option(help="Rows of the table, with commas; by default all.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="First so many groups.")] = None,
-    step: Annotated[
-        int | None, typer.Option(help="Of a run; by default the newest recorded.")
-    ] = None,
-    timeout: Annotated[
-        float | None, typer.Option(min=0.001, help="Deadline in seconds; by default as in a run.")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all rows and figures here as well.")
-    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/study"),
     debug: Debug = False,
 ) -> None:
-    """Run a reward, as training would, on completions that a run recorded or that you wrote."""
-    with _errors(debug):
-        with Console(stderr=True).status("loading"):
-            from recipes.rewards_command import try_reward
-        trial = try_reward(
-            use,
-            on,
-            options=options or [],
-            limit=limit,
-            step=step,
-            timeout=timeout,
-            console=Console(stderr=True),
-        )
-        trial.print(Console())
-        if json_file is not None:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps(trial.to_dict(), indent=2) + "\n")
-    if trial.failed:
-        raise typer.Exit(1)
+    """Future-L1's four recipes and their ablations on a world that a laptop can learn."""
+    with errors_shown(debug):
+        with loading():
+            from recipes.study.main import run_study
+            from recipes.study.variants import VARIANTS
+        chosen = list(VARIANTS) if variants is None else variants.split(",")
+        try:
+            numbers = [int(seed) for seed in seeds.split(",")]
+        except ValueError as error:
+            raise typer.BadParameter(
+                "give whole numbers, as in 0,1,2", param_hint="--seeds"
+            ) from error
+        run_study(output, numbers, chosen, Console())
 
 
-@contextmanager
-def _loading() -> Iterator[None]:
-    """torch, transformers and TRL take seconds to load; say so meanwhile. Their chatter is left
-    out.
-    """
-    with Console(stderr=True).status("loading"):
-        from transformers.utils import logging
-
-        import rl  # noqa: F401 - before transformers, for the sake of torchvision
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        yield
-
-
-@contextmanager
-def _errors(debug: bool) -> Iterator[None]:
-    """Turn errors raised on purpose into one message and an exit code: 2 for what the user can
-    correct, else 1.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("stopped; a run goes on from its last checkpoint when started again", err=True)
-        raise typer.Exit(130) from None
-    except Exception as error:
-        from rl import errors  # here, because it loads torch
-
-        if debug or not isinstance(error, errors.ForesightError):
-            raise
-        mistakes = tuple(getattr(errors, name) for name in _USER_MISTAKES)
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
-        console.print("error", style="bold red", end=": ")
-        console.print(str(error), markup=False)
-        raise typer.Exit(2 if isinstance(error, mistakes) else 1) from None
-
-
-def _announce(policy: Path) -> None:
-    typer.echo(f"The policy is in {policy}. To load it:")
-    typer.echo(f'    from rl import load_policy; policy = load_policy("{policy}")')
+def _say(lines: list[str]) -> None:
+    for line in lines:
+        typer.echo(line)

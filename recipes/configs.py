@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from recipes.loading import Recipe
-from recipes.schema import LADAPORecipe, LoraSection
+from recipes.schema import LADAPORecipe, LoraSection, RecipeBase
 from rl.errors import ForesightError, RecipeError
 from rl.export import CHECKPOINTS
 from rl.policy.adapters import with_whole_head
@@ -24,7 +24,7 @@ def config_class(recipe: Recipe) -> type[Any]:
     return LatentSFTConfig
 
 
-def uses_gpu(recipe: Recipe) -> bool:
+def uses_gpu(recipe: RecipeBase) -> bool:
     """Whether the run computes on GPUs."""
     return recipe.device == "auto" and torch.cuda.is_available()
 
@@ -45,7 +45,7 @@ def trainer_config(recipe: Recipe) -> Any:
         **recipe.train.extra,
     }
     if not isinstance(recipe, LADAPORecipe):  # in RL the pool keeps the clips
-        arguments["media_cache"] = recipe.data.media_cache
+        arguments["media_cache_gb"] = recipe.data.media_cache_gb
     try:
         return config_class(recipe)(**arguments)
     except ForesightError:

@@ -1,77 +1,95 @@
-"""`foresight evaluate`: a policy folder and a manifest become an `Evaluation`."""
+"""`foresight evaluate POLICY --data FILE`: the options of the command line become a recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
-from transformers import AutoProcessor
 
-from recipes.engines import choose_engine, gpu_share, vllm_options
-from recipes.evaluate import MODES, Evaluation
-from recipes.sampling import evaluate_with_bar, start_pool
-from recipes.schema import RolloutsSection
-from rl.data.manifest import read_manifest
-from rl.data.media import MediaProcessor
+from recipes.benchmarks import find_benchmark
+from recipes.evaluate import MODES
+from recipes.evaluate_run import run_evaluation
+from recipes.loading import parse_recipe
+from recipes.schema.evaluation import EvaluateRecipe
+from recipes.scores import Evaluation
 from rl.errors import PolicyError, RecipeError
-from rl.export import find_policy, is_policy
-from rl.policy.protocol import Imagine
-from rollouts.worker import EngineSpec
+from rl.export import find_policy
 
 
 def evaluate_policy(
     policy: str | Path,
-    manifest: str | Path,
+    data: str | Path,
     *,
-    modes: Sequence[str] = MODES,
+    benchmark: str | None = None,
+    modes: Sequence[str] | None = MODES,
     workers: int = 1,
     limit: int | None = None,
     by: str | None = None,
-    max_new_tokens: int = 2048,
-    default_frames: int = 16,
+    max_new_tokens: int | None = None,
+    frames: int | None = None,
+    fps: float | None = None,
     video_root: str | Path | None = None,
     system_prompt: str | None = None,
-    media_cache: int = 512,
     engine: Literal["auto", "transformers", "vllm"] = "auto",
+    bad_videos: Literal["stop", "skip"] = "stop",
+    judge: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
     console: Console | None = None,
 ) -> Evaluation:
-    """Evaluate a policy folder, or the policy of a run, on a manifest with `workers` Ray workers.
+    """Evaluate a policy, or the policy of a run, or a plain video model (a folder, or a name on the
+    Hub), with `workers` Ray workers, and show the tables.
 
-    The workers share out this machine's GPUs; the `media_cache` last used clips are kept in memory.
-    `engine` is as `rollouts.engine` of a recipe.
+    `data` are rows of one's own, or of a `benchmark`, which then says how they are asked and
+    graded; `frames`, `fps`, `max_new_tokens` and `by` change that. `modes` of None are free, or
+    never for a plain model. With an `output` folder answers and predictions are kept there, and a
+    killed evaluation goes on from them. `judge` are options of a benchmark's judge, such as
+    base_url and model.
 
-    Raises `RecipeError` for an unknown mode, `PolicyError` or `CheckpointError` for a folder that
-    holds no policy, and the errors of manifests and videos.
+    Raises `RecipeError` for an unknown mode or benchmark, `PolicyError` or `CheckpointError` for a
+    folder that holds no policy, and the errors of data and videos.
     """
-    console = console or Console()
-    chosen: list[Imagine] = [mode for mode in MODES if mode in modes]
-    if unknown := sorted(set(modes) - set(MODES)):
+    if benchmark is not None:
+        find_benchmark(benchmark)  # before anything is read
+    if unknown := sorted(set(modes or ()) - set(MODES)):
         raise RecipeError(f"--modes: {unknown} are unknown; choose of {', '.join(MODES)}")
+    section: dict[str, Any] = {
+        "use": benchmark,
+        "data": str(data),
+        "video_root": video_root and str(video_root),
+        "limit": limit,
+        "modes": modes and [mode for mode in MODES if mode in modes],
+        "max_new_tokens": max_new_tokens,
+        "by": None if by is None else [by],
+        "judge": None if judge is None else dict(judge),
+    }
+    if frames is not None or fps is not None:
+        shown = find_benchmark(benchmark).frames.count if benchmark else 16
+        section["frames"] = {"count": frames or shown, "fps": fps}
+    with TemporaryDirectory() as temporary:
+        values = {
+            "stage": "evaluate",
+            "output": temporary if output is None else str(output),
+            "policy": {"path": _policy(policy)},
+            "data": {"system_prompt": system_prompt, "bad_videos": bad_videos},
+            "benchmarks": [section],
+            "rollouts": {"workers": workers, "engine": engine},
+        }
+        recipe = parse_recipe(values, source="foresight evaluate", folder=Path.cwd())
+        assert isinstance(recipe, EvaluateRecipe)
+        found = run_evaluation(recipe, console, keep=output is not None)
+    return next(iter(found.evaluations.values()))
+
+
+def _policy(policy: str | Path) -> str:
+    """The folder with the weights, or a name on the Hub."""
+    if not Path(policy).exists() and str(policy).count("/") == 1:
+        return str(policy)
     folder, _ = find_policy(policy)
-    if not is_policy(folder):
+    if (folder / "adapter_config.json").is_file():
         raise PolicyError(
-            f"{folder} is no policy folder; if it holds LoRA adapters, `foresight export` makes a "
-            "policy of it"
+            f"{folder} holds LoRA adapters and no policy; `foresight export` makes one of it"
         )
-    samples = read_manifest(manifest, video_root=video_root, limit=limit)
-    settings: dict[str, Any] = {"default_frames": default_frames, "system_prompt": system_prompt}
-    media = MediaProcessor(AutoProcessor.from_pretrained(folder), **settings)
-    gpus = torch.cuda.device_count()
-    share = gpu_share(workers, gpus)
-    choice = choose_engine(engine, folder, gpu=gpus > 0)
-    console.print(str(choice))
-    spec = EngineSpec(
-        str(folder),
-        engine=choice.engine,
-        options=vllm_options(RolloutsSection(), share, trainer=False),
-        dtype="bfloat16" if gpus else "float32",
-        device="cuda" if gpus else "cpu",
-        **settings,
-    )
-    with start_pool(
-        spec, media, workers, console, gpus_per_worker=share, media_capacity=media_cache
-    ) as pool:
-        return evaluate_with_bar(pool, samples, chosen, max_new_tokens, console, by=by)
+    return str(folder)

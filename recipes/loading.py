@@ -12,11 +12,16 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from recipes.schema import LADAPORecipe, RecipeBase, SFTRecipe
+from recipes.schema import EvaluateRecipe, LADAPORecipe, RecipeBase, SelectRecipe, SFTRecipe
 from rl.errors import RecipeError
 
 Recipe = LADAPORecipe | SFTRecipe  # of the stages that train
-STAGES: dict[str, type[RecipeBase]] = {"sft": SFTRecipe, "la_dapo": LADAPORecipe}
+STAGES: dict[str, type[RecipeBase]] = {
+    "sft": SFTRecipe,
+    "la_dapo": LADAPORecipe,
+    "select": SelectRecipe,
+    "evaluate": EvaluateRecipe,
+}
 _SHOWN = 12  # problems in one message: it should fit a screen
 
 
@@ -223,7 +228,7 @@ _SET_BY_RUN = {
     "use_cpu": "it follows from the machine",
     "fp16": "it follows from the machine",
     "disable_tqdm": "leave it out",
-    "media_cache": "write data.media_cache",
+    "media_cache_gb": "write data.media_cache_gb",
     "save_strategy": "write train.save_every",
     "reward_weights": "write rewards with their weights",
 }

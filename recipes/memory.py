@@ -42,7 +42,7 @@ def recipe_memory(recipe: Recipe, plan: Plan) -> RecipeMemory:
     The prompt is that of the first row, and completions are as long as they may become. With
     ``device: auto`` it is the memory of a GPU, where runs compute in bfloat16.
     """
-    media = media_processor(recipe, plan.processor)
+    media = media_processor(recipe.data, plan.processor)
     sample = plan.train[0]
     clip = media.process(media.key(sample))
     prompt = media.encode(sample, [clip])
@@ -84,6 +84,7 @@ def _la_dapo(
         completion_tokens=completion,
         latents=min(plan.protocol.max_length * plan.protocol.max_spans, completion - 2),
         micro_batches=-(-train.rows_per_step // (groups * size)),
+        train_vision=not train.freeze_vision,
         reference=train.beta > 0.0 or train.latent_beta > 0.0,
     )
 

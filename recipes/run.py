@@ -15,27 +15,29 @@ from rich.console import Console
 from transformers import AutoProcessor, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from recipes.callbacks import MetricsFile, TrainingProgress, Validation
+from recipes.callbacks import MetricsFile, TrainingProgress
 from recipes.check import Plan, check_recipe, media_processor
 from recipes.configs import lora_config, trainer_config, uses_gpu, with_adapters
-from recipes.evaluate import Evaluation, evaluate
+from recipes.evaluation_callback import EvaluationCallback
+from recipes.evaluation_tables import show
 from recipes.loading import Recipe
 from recipes.run_folder import RunFolder
 from recipes.sampling import (
-    engine_on,
     evaluate_with_bar,
     local_engine,
     reward_set,
     rollout_pool,
 )
 from recipes.schema import LADAPORecipe
+from recipes.start import start_policy
 from rewards.scorer import RewardSet
 from rl.checkpoints import last_complete, read_state
 from rl.collecting import ScoredRollout
+from rl.data.broken import BrokenClips
 from rl.data.media import MediaProcessor
 from rl.errors import CheckpointError
-from rl.export import export_policy, is_policy, save_policy, whole_folder
-from rl.policy.model import load_policy, make_policy
+from rl.export import export_policy, is_policy
+from rl.policy.model import load_policy
 from rl.records import write_record
 from rl.weights import weight_update
 from rollouts.pool import RolloutPool
@@ -80,8 +82,8 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> RunResult:
 
     # 3. Train, unless only what comes after training is missing.
     set_seed(recipe.seed)
-    start = _start_policy(recipe, plan, run, console)
-    media = media_processor(recipe, AutoProcessor.from_pretrained(start))
+    start = start_policy(recipe, plan, run, console)
+    media = media_processor(recipe.data, AutoProcessor.from_pretrained(start))
     with (
         rollout_pool(recipe, plan, media, start, console) as pool,
         reward_set(recipe, plan, run, console) as rewards,
@@ -124,7 +126,7 @@ def _finished(recipe: Recipe, run: RunFolder, done: dict[str, Any], console: Con
         figures = None
     elif plan is not None:
         console.print("the recipe's evaluation has changed since: evaluating again")
-        media = media_processor(recipe, AutoProcessor.from_pretrained(run.policy))
+        media = media_processor(recipe.data, AutoProcessor.from_pretrained(run.policy))
         with (
             rollout_pool(recipe, plan, media, str(run.policy), console) as pool,
             reward_set(recipe, plan, run, console) as rewards,
@@ -171,10 +173,7 @@ def _train(
     """Run the stage's trainer to its last step."""
     progress = TrainingProgress(console, recipe.name)
     callbacks: list[TrainerCallback] = [MetricsFile(run), progress]
-    validation = None
-    if recipe.train.validate_every is not None:
-        validation = Validation(recipe.train.validate_every)
-        callbacks.append(validation)
+    broken = BrokenClips(run.skipped, rule=recipe.data.bad_videos)
     trainer: Any
     if isinstance(recipe, LADAPORecipe):
         from rl.la_dapo import LADAPOTrainer
@@ -190,29 +189,39 @@ def _train(
             peft_config=lora_config(recipe.train.lora),
             callbacks=callbacks,
             recorder=_recorder(recipe, run, rewards),
+            broken=broken,
         )
     else:
         from rl.sft.trainer import LatentSFTTrainer
 
         model = with_adapters(policy, recipe.train.lora)
         trainer = LatentSFTTrainer(
-            model, trainer_config(recipe), plan.train, media, callbacks=callbacks
+            model,
+            trainer_config(recipe),
+            plan.train,
+            media,
+            callbacks=callbacks,
+            broken=broken,
+            tell=console.print,
         )
     for callback in (PrinterCallback, ProgressCallback):  # ours shows more in less space
         trainer.remove_callback(callback)
 
-    outcomes = None if rewards is None else rewards.outcomes
-
-    def answers() -> Evaluation:
-        length, samples = recipe.train.max_completion_length, plan.validation
-        if pool is not None:
-            trainer.sync_weights()
-            return evaluate(pool, samples, ("free",), length, outcomes=outcomes)
-        with engine_on(recipe, trainer.policy, media) as engine:
-            return evaluate(engine, samples, ("free",), length)
-
-    if validation is not None:
-        validation.prepare(trainer, answers)
+    if recipe.train.validate_every is not None:
+        modes = (recipe.train.imagine,) if isinstance(recipe, LADAPORecipe) else ("free",)
+        trainer.add_callback(
+            EvaluationCallback(
+                trainer,
+                plan.validation,
+                every=recipe.train.validate_every,
+                modes=modes,
+                max_new_tokens=recipe.train.max_completion_length,
+                media=media,
+                sampler=pool,
+                outcomes=None if rewards is None else rewards.outcomes,
+                broken=broken,
+            )
+        )
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
@@ -244,25 +253,6 @@ def _recorder(
     return None if every is None and latents_every is None else record
 
 
-def _start_policy(recipe: Recipe, plan: Plan, run: RunFolder, console: Console) -> str:
-    """Where the policy to start from is; made and kept in the run folder if the recipe's path is
-    not that policy.
-    """
-    if plan.as_it_is:
-        return recipe.policy.path
-    if not run.start.is_dir():
-        with console.status("making the policy"), whole_folder(run.start) as draft:
-            if plan.is_policy:
-                policy = load_policy(recipe.policy.path, dtype="auto")
-                policy.set_protocol(plan.protocol)
-            else:
-                policy = make_policy(
-                    recipe.policy.path, plan.processor, plan.protocol, plan.head, dtype="auto"
-                )
-            save_policy(policy, plan.processor, draft)
-    return str(run.start)
-
-
 def _evaluate(
     recipe: Recipe,
     plan: Plan,
@@ -287,6 +277,7 @@ def _evaluate(
         console,
         by=recipe.evaluation.by,
         outcomes=None if rewards is None else rewards.outcomes,
+        broken=BrokenClips(run.skipped, rule=recipe.data.bad_videos),
     )
-    console.print(evaluation.table())
+    show(evaluation, console)
     return evaluation.to_dict()

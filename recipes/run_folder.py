@@ -22,7 +22,8 @@ from typing import Any
 
 import yaml
 
-from recipes.loading import Recipe, dump_recipe
+from recipes.loading import dump_recipe
+from recipes.schema import RecipeBase
 from rl.checkpoints import last_complete, read_state, write_json
 from rl.errors import RecipeError
 from rl.export import CHECKPOINTS, POLICY, START
@@ -48,10 +49,11 @@ class RunFolder:
         self.metrics = root / "metrics.jsonl"
         self.trajectories = root / "trajectories"
         self.faults = root / "faults.jsonl"
+        self.skipped = root / "skipped.jsonl"
         self.policy = root / POLICY
         self._result = root / "result.json"
 
-    def claim(self, recipe: Recipe) -> None:
+    def claim(self, recipe: RecipeBase) -> None:
         """Store the recipe; refuse a folder in which another one has run."""
         if self.recipe.is_file():
             stored = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
@@ -114,7 +116,7 @@ class RunFolder:
         return json.loads(self._result.read_text()) if self._result.is_file() else None
 
 
-def differing_keys(stored: Any, recipe: Recipe) -> list[str]:
+def differing_keys(stored: Any, recipe: RecipeBase) -> list[str]:
     """Dotted keys in which the stored values of a recipe differ from `recipe`."""
     return sorted(_differences(stored, yaml.safe_load(dump_recipe(recipe)), ""))
 
@@ -129,7 +131,7 @@ def _differences(a: Any, b: Any, prefix: str) -> Iterator[str]:
         yield prefix.rstrip(".")
 
 
-def _harmless(key: str, recipe: Recipe) -> bool:
+def _harmless(key: str, recipe: RecipeBase) -> bool:
     return any(fnmatch(key, pattern) or fnmatch(key, f"{pattern}.*") for pattern in recipe.HARMLESS)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -14,12 +14,13 @@ from transformers import TrainerState
 
 from recipes.callbacks import progress_bar
 from recipes.check import Plan
-from recipes.engines import vllm_options, worker_gpus
+from recipes.engines import EngineChoice, vllm_options, worker_gpus
 from recipes.evaluate import Evaluation, Outcomes, Sampler, evaluate
 from recipes.loading import Recipe
 from recipes.run_folder import RunFolder
-from recipes.schema import LADAPORecipe
+from recipes.schema import ClipSection, LADAPORecipe, RolloutsSection
 from rewards.scorer import RewardSet
+from rl.data.broken import BrokenClips
 from rl.data.media import LocalMedia, MediaProcessor
 from rl.policy.protocol import Imagine
 from rl.trajectory import Sample
@@ -27,6 +28,16 @@ from rollouts.pool import RolloutPool
 from rollouts.transformers_engine import TransformersEngine
 from rollouts.vllm_options import VLLMOptions
 from rollouts.worker import EngineSpec
+
+
+class SamplingRecipe(Protocol):
+    """A recipe of any stage that samples."""
+
+    @property
+    def rollouts(self) -> RolloutsSection: ...
+    @property
+    def data(self) -> ClipSection: ...
+
 
 _SIDE_BY_SIDE = 32  # answers of an engine in the trainer's own process (SFT)
 
@@ -48,6 +59,7 @@ def evaluate_with_bar(
     *,
     by: str | None = None,
     outcomes: Outcomes | None = None,
+    broken: BrokenClips | None = None,
 ) -> Evaluation:
     """`recipes.evaluate.evaluate` with a bar over the answers of all modes."""
     with progress_bar(console, transient=True) as bar:
@@ -60,6 +72,7 @@ def evaluate_with_bar(
             by=by,
             advance=lambda count: bar.advance(task, count),
             outcomes=outcomes,
+            broken=broken,
         )
 
 
@@ -68,39 +81,57 @@ def rollout_pool(
     recipe: Recipe, plan: Plan, media: MediaProcessor, start: str, console: Console
 ) -> Iterator[RolloutPool | None]:
     """The workers that sample; None for a stage that samples nothing."""
-    choice = plan.engine
-    if not isinstance(recipe, LADAPORecipe) or choice is None:
+    if not isinstance(recipe, LADAPORecipe) or plan.engine is None:
         yield None
         return
-    settings = recipe.rollouts
     gpus = worker_gpus(recipe)
+    with pool_of(recipe, plan.engine, gpus, media, start, console) as pool:
+        yield pool
+
+
+def pool_of(
+    recipe: SamplingRecipe,
+    choice: EngineChoice,
+    gpus: float,
+    media: MediaProcessor,
+    policy: str,
+    console: Console,
+    *,
+    trainer: bool = True,
+) -> RolloutPool:
+    """The recipe's workers, with `gpus` GPUs each, on the policy in the folder `policy`; `trainer`:
+    whether one works on the same GPUs.
+    """
+    settings = recipe.rollouts
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if gpus else "float32"
     console.print(str(choice))
     spec = EngineSpec(
-        policy=start,
+        policy=policy,
         engine=choice.engine,
-        options=vllm_options(settings, gpus) if choice.engine == "vllm" else VLLMOptions(),
+        options=vllm_options(settings, gpus, trainer=trainer)
+        if choice.engine == "vllm"
+        else VLLMOptions(),
         dtype=dtype,
         device="cuda" if gpus else "cpu",
         max_batch_size=settings.max_batch_size,
-        default_frames=recipe.data.default_frames,
+        frames=media.frames,
+        decode_timeout_s=media.decode_timeout_s,
         system_prompt=recipe.data.system_prompt,
         threads=max(1, int(settings.cpus_per_worker)),
     )
-    with start_pool(
+    return start_pool(
         spec,
         media,
         settings.workers,
         console,
         address=settings.ray.address,
         timeout=settings.timeout_s,
-        media_capacity=recipe.data.media_cache,
+        media_gb=recipe.data.media_cache_gb,
         cpus_per_worker=settings.cpus_per_worker,
         gpus_per_worker=gpus,
-    ) as pool:
-        yield pool
+    )
 
 
 @contextmanager
@@ -118,11 +149,18 @@ def reward_set(
         faults=run.faults,
         isolated=True,
     )
+    with started(rewards, console):
+        yield rewards
+
+
+@contextmanager
+def started(rewards: RewardSet, console: Console) -> Iterator[None]:
+    """Start the rewards, and end them behind the block. Ray must be running."""
     try:
         with console.status("starting the rewards"):
             rewards.start()
             rewards.begin(TrainerState())  # validation may come before the first step
-        yield rewards
+        yield
     finally:
         rewards.close()
 
@@ -130,15 +168,5 @@ def reward_set(
 def local_engine(
     recipe: Recipe, policy: Any, media: MediaProcessor, device: torch.device | str
 ) -> TransformersEngine:
-    clips = LocalMedia(media, recipe.data.media_cache)
+    clips = LocalMedia(media, recipe.data.media_cache_gb)
     return TransformersEngine(policy, media, clips, max_batch_size=_SIDE_BY_SIDE, device=device)
-
-
-@contextmanager
-def engine_on(recipe: Recipe, policy: Any, media: MediaProcessor) -> Iterator[TransformersEngine]:
-    """An engine on a policy that is being trained, in its own process."""
-    training = policy.training
-    try:
-        yield local_engine(recipe, policy, media, policy.device)
-    finally:
-        policy.train(training)

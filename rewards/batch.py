@@ -73,6 +73,9 @@ def make_batch(
         "options": [s.options for _, s in rows],
         "frames": [s.frames for _, s in rows],
         "imagine": [s.imagine for _, s in rows],
+        "window": [s.window for _, s in rows],
+        "pool": [s.pool for _, s in rows],
+        "images": [s.images for _, s in rows],
         "group_ids": [g for g, _ in rows],
     }
     if trajectories is not None:

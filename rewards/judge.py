@@ -158,7 +158,7 @@ class Judge:
         rows = list(zip(map(completion_text, completions), question, answer, options, strict=True))
         settled: dict[int, Value] = {}
         prompts: dict[int, str] = {}  # of the rows that the rule does not settle
-        prompt = self._prompt_maker()
+        prompt = self.prompt_maker()
         # What else comes by keyword, such as the trainer's state, is no column.
         further = {n: c for n, c in columns.items() if isinstance(c, list) and len(c) == len(rows)}
         for place, (text, asked, reference, choices) in enumerate(rows):
@@ -174,7 +174,7 @@ class Judge:
                 completion=text,
                 columns={name: column[place] for name, column in further.items()},
             )
-        replies, known = await self._replies(list(dict.fromkeys(prompts.values())))
+        replies, known = await self.replies(list(dict.fromkeys(prompts.values())))
         settled |= {place: self._value(replies[text]) for place, text in prompts.items()}
         if log_metric is not None and rows:
             cached = sum(text in known for text in prompts.values())
@@ -184,8 +184,10 @@ class Judge:
             log_metric("judge/seconds", time.monotonic() - began)
         return [settled[place] for place in range(len(rows))]
 
-    async def _replies(self, prompts: Sequence[str]) -> tuple[dict[str, str | Invalid], set[str]]:
-        """The reply to each prompt, and the prompts whose reply was on disk."""
+    async def replies(self, prompts: Sequence[str]) -> tuple[dict[str, str | Invalid], set[str]]:
+        """The reply to each of different prompts, or why there is none, and the prompts whose reply
+        was on disk. Replies have the style's form. Raises `RewardError` as a call does.
+        """
         if not prompts:
             return {}, set()
         with JudgeCache(self.cache) if self.cache is not None else nullcontext() as cache:
@@ -231,8 +233,10 @@ class Judge:
             return value
         return float(value >= self.threshold)
 
-    def _prompt_maker(self) -> Callable[..., str]:
-        """A function from what `variables` takes (but the span marks) to a prompt."""
+    def prompt_maker(self) -> Callable[..., str]:
+        """A function from what `judge_prompts.variables` takes (but the span marks) to a prompt; it
+        raises `RecipeError` where the template cannot be filled in.
+        """
         from jinja2 import Environment, StrictUndefined, TemplateError
 
         template = Environment(undefined=StrictUndefined).from_string(self.template)

@@ -18,13 +18,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, TypeVar
 
 from rewards.text import replace_spans
 
+BEST = 5  # the best grade
 IMAGINED = "[imagined frames]"  # stands for a latent span
 VARIABLES = frozenset({"question", "options", "reference", "answer", "completion", "columns"})
 FENCE = re.compile(r"<{3,}|>{3,}")
+Found = TypeVar("Found")
 
 _TASK = """\
 {{ question }}
@@ -102,12 +104,7 @@ class Style:
         there is no such object, or if several say different things, as where the judge repeats what
         a completion told it to say.
         """
-        values = {
-            value
-            for found in _json_objects(reply.rpartition("</think>")[2])
-            if (value := self.value(found)) is not None
-        }
-        return values.pop() if len(values) == 1 else None
+        return _only(reply, self.value)
 
     @property
     def reminder(self) -> str:
@@ -115,17 +112,34 @@ class Style:
         return f"Your last reply did not have the form asked for. Reply with only this: {self.form}"
 
 
+def read_grades(reply: str) -> tuple[int, int] | None:
+    """The grades, 0 to 5, of the reasoning and of the answer in a reply of the style "score"; None
+    where `Style.read` gives None, and where objects of the right form differ in a grade.
+    """
+    return _only(reply, _grades)
+
+
+def _only(reply: str, value: Callable[[Mapping[str, Any]], Found | None]) -> Found | None:
+    """The value that all JSON objects in a reply have which have one."""
+    objects = _json_objects(reply.rpartition("</think>")[2])
+    values = {found for item in objects if (found := value(item)) is not None}
+    return values.pop() if len(values) == 1 else None
+
+
 def _verdict(found: Mapping[str, Any]) -> float | None:
     return {"yes": 1.0, "no": 0.0}.get(str(found.get("verdict")).strip().lower())
 
 
+def _grades(found: Mapping[str, Any]) -> tuple[int, int] | None:
+    reasoning, answer = found.get("reasoning"), found.get("answer")
+    if type(reasoning) is not int or type(answer) is not int:  # a bool is no grade
+        return None
+    return (reasoning, answer) if {reasoning, answer} <= {*range(BEST + 1)} else None
+
+
 def _score(found: Mapping[str, Any]) -> float | None:
-    total = 0
-    for grade in (found.get("reasoning"), found.get("answer")):
-        if type(grade) is not int or not 0 <= grade <= 5:  # a bool is no grade
-            return None
-        total += grade
-    return total / 2 / 5
+    grades = _grades(found)
+    return None if grades is None else sum(grades) / 2 / BEST
 
 
 STYLES: dict[str, Style] = {

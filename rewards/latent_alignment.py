@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rl.trajectory import Trajectory
 
 Frames = tuple[tuple[int, ...], ...]  # a row's `imagine`
+Row = tuple[str, Frames, tuple[float, ...] | None, int, tuple[str, ...]]  # and what its clip is
 
 
 def latent_alignment(spans: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> float | None:
@@ -93,7 +94,7 @@ class LatentAlignment:
         self._tower: tuple[Any, Any] | None = (
             None  # the model that has nothing else left, and media
         )
-        self._targets: OrderedDict[tuple[str, Frames], list[np.ndarray]] = OrderedDict()
+        self._targets: OrderedDict[Row, list[np.ndarray]] = OrderedDict()
 
     def __call__(
         self,
@@ -102,19 +103,31 @@ class LatentAlignment:
         id: Sequence[str],
         video: Sequence[str],
         imagine: Sequence[Sequence[Sequence[int]]],
+        window: Sequence[Sequence[float] | None],
+        pool: Sequence[int],
+        images: Sequence[Sequence[str]],
         **_: Any,
     ) -> list[Value]:
-        """One value a trajectory. `id`, `video`, `imagine`: manifest columns."""
+        """One value a trajectory. `id` to `images`: manifest columns, which say as in
+        `rl.trajectory.Sample` what the spans depict.
+        """
         values: list[Value] = []
-        failed: dict[tuple[str, Frames], Invalid] = {}  # for this call; the next one tries again
-        for trajectory, name, path, spans in zip(trajectories, id, video, imagine, strict=True):
-            row = path, tuple(tuple(frames) for frames in spans or ())
+        failed: dict[Row, Invalid] = {}  # for this call; the next one tries again
+        columns = zip(trajectories, id, video, imagine, window, pool, images, strict=True)
+        for trajectory, name, path, spans, part, places, files in columns:
+            row: Row = (
+                path,
+                tuple(tuple(frames) for frames in spans or ()),
+                None if part is None else tuple(part),
+                places,
+                tuple(files),
+            )
             if not row[1] or not trajectory.imagined:
                 values.append(None)
                 continue
             if row not in failed:
                 try:
-                    targets = self._of(*row)
+                    targets = self._of(row)
                 except VideoError as error:
                     failed[row] = Invalid(f"sample {name!r} has no targets: {error}")
                 else:
@@ -124,12 +137,11 @@ class LatentAlignment:
             values.append(failed[row])
         return values
 
-    def _of(self, video: str, imagine: Frames) -> list[np.ndarray]:
+    def _of(self, row: Row) -> list[np.ndarray]:
         """The targets of a row, one [K_j, H] a span. Raises `VideoError`."""
         from rl.sft.targets import compute_targets
         from rl.trajectory import Sample
 
-        row = video, imagine
         if row in self._targets:
             self._targets.move_to_end(row)
             return self._targets[row]
@@ -137,7 +149,9 @@ class LatentAlignment:
             self._tower = _load_tower(self.policy)
         model, media = self._tower
         # A sample a span, so that the targets come back span by span.
-        samples = [Sample(video, video, "", "", imagine=(frames,)) for frames in imagine]
+        video, imagine, window, pool, images = row
+        clip: dict[str, Any] = {"window": window, "pool": pool, "images": images}
+        samples = [Sample(video, video, "", "", imagine=(frames,), **clip) for frames in imagine]
         found = compute_targets(model, media, samples, tokens_per_patch=self.tokens_per_patch)
         self._targets[row] = [found.of(i).numpy() for i in range(len(samples))]
         if len(self._targets) > self.capacity:

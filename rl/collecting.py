@@ -8,6 +8,7 @@ dropped.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +17,10 @@ from typing import get_args
 
 import numpy as np
 
+from rl.data.broken import BrokenClips
+from rl.errors import VideoError
 from rl.interfaces import GroupScores, Rollouts, Scorer
+from rl.latent_stats import neighbour_cosine
 from rl.objective import Reason, judge_group
 from rl.trajectory import RolloutRequest, Sample, Sampling, TrajectoryGroup
 
@@ -67,6 +71,10 @@ class GroupCollector:
     prompts for those it drops, and hands out dropped groups, marked, where that was not enough.
     `cursor` counts the refill prompts drawn so far, in an order of their own; a resumed run sets
     it. Of `world` processes this is number `rank`.
+
+    What becomes of prompts whose clips cannot be shown `broken` says. "skip": a step has fewer
+    groups of its own. "replace": prompts in the order of refills take their places, at most as
+    many as there are samples. Both are counted under the reason "video".
     """
 
     def __init__(
@@ -81,10 +89,12 @@ class GroupCollector:
         max_refills: int,
         world: int = 1,
         rank: int = 0,
+        broken: BrokenClips | None = None,
     ) -> None:
         self._rollouts, self._scorer, self._samples = rollouts, scorer, list(samples)
         self._seed, self._low, self._high, self._max_refills = seed, low, high, max_refills
         self._world, self._rank = world, rank
+        self._broken = BrokenClips() if broken is None else broken
         self.cursor = 0
 
     def collect(
@@ -99,12 +109,17 @@ class GroupCollector:
         """One group of `size` trajectories for each of `samples`, or for what replaces it.
 
         `place` names the point in the run: with the run's seed it decides every trajectory's seed,
-        so that a resumed run samples what an uninterrupted one would have.
+        so that a resumed run samples what an uninterrupted one would have. Where there are fewer
+        groups than samples, because clips are broken, groups come once more, marked as dropped: a
+        step's shape is fixed. Raises `VideoError` if that is not allowed, or if there is no group.
         """
         kept: list[CollectedGroup] = []
         dropped: list[CollectedGroup] = []
         reasons: Counter[str] = Counter()
-        pending, refills = list(samples), 0
+        (pending, lost), refills = self._readable(samples), 0
+        if lost:
+            reasons["video"] += lost
+        wanted = len(pending)
         seconds, tokens, latents = 0.0, 0, 0
         while True:
             started = time.perf_counter()
@@ -122,11 +137,18 @@ class GroupCollector:
                 reasons[verdict.reason] += 1
                 trained = verdict.keep or not filtering
                 (kept if trained else dropped).append(CollectedGroup(group, list(outcome), trained))
-            missing = len(samples) - len(kept)
-            if missing == 0 or refills >= self._max_refills or not filtering:
+            missing = wanted - len(kept)
+            pending = []
+            if missing and refills < self._max_refills and filtering:
+                pending, lost = self._readable(self._refill(missing))
+                if lost:
+                    reasons["video"] += lost
+                refills += 1
+            if not pending:
                 handed = kept + dropped[:missing]
+                spare = itertools.islice(itertools.cycle(handed), len(samples) - len(handed))
+                handed = handed + [replace(c, trained=False) for c in spare]
                 return Collected(handed, refills, reasons, seconds, tokens, latents)
-            pending, refills = self._refill(missing), refills + 1
 
     def shuffled(
         self, groups: Sequence[TrajectoryGroup], size: int, sampling: Sampling, place: str
@@ -143,9 +165,43 @@ class GroupCollector:
             here = f"{place}/shuffled/{i}/{group.sample.id}"
             (seed,) = self._seeds(f"{here}/order", 1)
             frames = _disordered(group.trajectories[0].media[0].frames, seed)
-            sample = replace(group.sample, frames=frames)
+            # Frames of the file, whatever they were in the row.
+            sample = replace(group.sample, frames=frames, pool=0, window=None)
             requests.append(RolloutRequest(sample, self._seeds(here, size), sampling))
         return [list(row) for row in self._scorer.outcomes(self._rollouts.generate(requests))]
+
+    def _readable(self, samples: Sequence[Sample]) -> tuple[list[Sample], int]:
+        """The samples whose clips can be shown, with "replace" others in the places of those that
+        cannot, and how many those were. At least one: if none is left, others are tried.
+        """
+        if self._broken.rule == "stop":
+            return list(samples), 0
+        places: list[Sample | None] = list(samples)
+        lost, tries = 0, len(self._samples)
+        while True:
+            shown = [s for s in places if s is not None and s.id not in self._broken]
+            for name, error in self._rollouts.broken(shown).items():
+                self._broken.add(next(s for s in shown if s.id == name), error)
+            for place, sample in enumerate(places):
+                if sample is not None and sample.id in self._broken:
+                    places[place], lost = None, lost + 1
+            empty = [place for place, sample in enumerate(places) if sample is None]
+            if self._broken.rule == "skip" and len(empty) < len(places):
+                empty = []
+            drawn = self._refill(min(len(empty), tries))
+            if not drawn:
+                break
+            tries -= len(drawn)
+            for place, sample in zip(empty, drawn, strict=False):
+                places[place] = sample
+        left = [sample for sample in places if sample is not None]
+        if not left:
+            last = self._broken.rows[-1]
+            raise VideoError(
+                f"no clip of a step can be shown, nor of {len(self._samples)} rows tried in their "
+                f"places; check data.video_root and the files. The last: {last['reason']}"
+            )
+        return left, lost
 
     def _refill(self, count: int) -> list[Sample]:
         """The next `count` prompts of this process, each process with its own."""
@@ -169,6 +225,11 @@ def rollout_metrics(collected: Collected, step: int) -> dict[str, float]:
     """What to log about a rollout of update `step`: verdicts, latents, staleness, speed."""
     trajectories = [t for c in collected.groups for t in c.group]
     lag = [step - t.policy_version for t in trajectories]
+    cosine = neighbour_cosine(trajectories)
+    likeness = {
+        "latents/neighbour_cosine": cosine.latents,
+        "latents/neighbour_span_cosine": cosine.spans,
+    }
     return {
         "groups/refills": collected.refills,
         "groups/trained": float(np.mean([c.trained for c in collected.groups])),
@@ -180,6 +241,7 @@ def rollout_metrics(collected: Collected, step: int) -> dict[str, float]:
         "rollouts/seconds": collected.seconds,
         "rollouts/tokens_per_second": collected.tokens / collected.seconds,
         "rollouts/latents_per_second": collected.latents / collected.seconds,
+        **{name: value for name, value in likeness.items() if value is not None},
     }
 
 

@@ -5,6 +5,8 @@
     ├── DataError          (ValueError)         a manifest row is wrong
     │   └── MissingVideoError (FileNotFoundError)  its video is not there
     ├── VideoError         (RuntimeError)       a file that cannot be decoded as a video
+    │   ├── FrameError      (ValueError)         frames or a window that it does not have
+    │   └── VideoTimeoutError (TimeoutError)     decoding it took too long
     ├── ProtocolError      (ValueError)         ids that no latent protocol could have produced
     ├── TrajectoryError    (ValueError)         a trajectory whose parts contradict each other
     ├── PolicyError        (ValueError)         a model that cannot be a latent policy
@@ -42,6 +44,17 @@ class MissingVideoError(DataError, FileNotFoundError):
 
 class VideoError(ForesightError, RuntimeError):
     """A file cannot be decoded as a video, or lacks the frames asked for."""
+
+
+class FrameError(VideoError, ValueError):
+    """A row asks for frames, or a window, that its video does not have."""
+
+
+class VideoTimeoutError(VideoError, TimeoutError):
+    """Decoding a file took longer than it may."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
 
 
 class ProtocolError(ForesightError, ValueError):

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from rl.trajectory import MediaKey, RolloutRequest, TrajectoryGroup
+from rl.errors import VideoError
+from rl.trajectory import MediaKey, RolloutRequest, Sample, TrajectoryGroup
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ class Rollouts(Engine, Protocol):
 
     @property
     def media(self) -> MediaSource: ...
+
+    def broken(self, samples: Sequence[Sample]) -> dict[str, VideoError]:
+        """Decode and process the clips of `samples`, for `generate` to find, and say of those that
+        cannot be shown why: errors that name sample and file, by the samples' ids.
+        """
+        ...
 
 
 @dataclass(frozen=True)

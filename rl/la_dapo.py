@@ -28,6 +28,7 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 from rl.checkpoints import CompleteCheckpoints, read_state
 from rl.collecting import CollectedGroup, GroupCollector, ScoredRollout, rollout_metrics
+from rl.data.broken import BrokenClips
 from rl.errors import ObjectiveError, PolicyError, SyncError
 from rl.interfaces import GroupScores, Rollouts, Scorer
 from rl.la_dapo_config import LADAPOConfig
@@ -36,6 +37,7 @@ from rl.passes import Passes, deal_groups
 from rl.policy.adapters import with_whole_head
 from rl.policy.model import LatentPolicy
 from rl.policy.protocol import Slot
+from rl.policy.vision import vision_tower
 from rl.reward_table import reward_table
 from rl.trajectory import Sample, Sampling, Trajectory
 from rl.weights import weight_update
@@ -65,8 +67,10 @@ class LADAPOTrainer(ReplayLoss):
 
     `model` is the policy, `samples` the prompts, `processing_class` its processor (saved with each
     checkpoint). With `peft_config` the adapters are trained and the latent head is saved whole.
-    `recorder` is given every rollout that is trained on, with its rewards. Raises `ObjectiveError`
-    when the latent term is asked for and the policy has no noise.
+    `recorder` is given every rollout that is trained on, with its rewards. `broken` says what is
+    done about clips that cannot be shown (default: the run stops), and lists them. Raises
+    `ObjectiveError` when the latent term is asked for and the policy has no noise, and when the
+    published baseline (`rl.published`) is and it has some.
     """
 
     num_generations: int
@@ -89,6 +93,7 @@ class LADAPOTrainer(ReplayLoss):
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[Any] = (),
         recorder: Callable[[ScoredRollout], object] | None = None,
+        broken: BrokenClips | None = None,
         **kwargs: Any,
     ) -> None:
         _check(model, args)
@@ -130,12 +135,15 @@ class LADAPOTrainer(ReplayLoss):
         # The policy inside whatever wraps it. Looked up once: telling a PEFT model takes
         # milliseconds.
         self.policy: LatentPolicy = inner.get_base_model() if is_peft_model(inner) else inner
+        if args.freeze_vision:
+            vision_tower(self.policy).requires_grad_(False)
         self.passes = Passes(
             self.policy,
             rollouts.media,
             self.accelerator,
             budget=args.max_tokens_per_microbatch,
             rows=args.per_device_train_batch_size,
+            kappa=args.published_kappa if self.published else None,
         )
         self.collector = GroupCollector(
             rollouts,
@@ -147,6 +155,7 @@ class LADAPOTrainer(ReplayLoss):
             max_refills=args.max_refills,
             world=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
+            broken=broken,
         )
         self.ref_model = self._prepare_reference(reference)
 
@@ -244,6 +253,7 @@ class LADAPOTrainer(ReplayLoss):
         sampling = Sampling(
             self.temperature,
             self.max_completion_length,
+            imagine=self.args.imagine,
             top_p=self.args.top_p,
             top_k=self.args.top_k,
         )
@@ -267,7 +277,10 @@ class LADAPOTrainer(ReplayLoss):
             out = super()._generate_and_score_completions(rows)
         finally:
             self.beta = beta
-        out["old_per_token_logps"] = out["sampling_per_token_logps"]
+        if self.published:  # TRL then takes the update's own values, without a gradient
+            out.pop("old_per_token_logps", None)
+        else:
+            out["old_per_token_logps"] = out["sampling_per_token_logps"]
         trained = (out["completion_mask"] * out["tool_mask"]).any(dim=1).tolist()
         latents = sum(len(t.latents) for t, on in zip(trajectories, trained, strict=True) if on)
         out["num_latents_in_batch"] = gathered(
@@ -320,8 +333,13 @@ class LADAPOTrainer(ReplayLoss):
 
 def _hand_over(prompts: Any, trainer: LADAPOTrainer) -> dict[str, Any]:
     """TRL's `rollout_func`: the groups that were already sampled. Dropped groups and trajectories
-    with an invalid outcome are masked throughout.
+    with an invalid outcome are masked throughout, and but for the published baseline so is what was
+    forced.
     """
+
+    def counted(trajectory: Trajectory) -> Any:
+        return (trajectory.decision != Slot.FORCED) | trainer.published
+
     pairs = [
         (t, c.trained and not math.isnan(outcome))
         for c in trainer._handed
@@ -332,9 +350,7 @@ def _hand_over(prompts: Any, trainer: LADAPOTrainer) -> dict[str, Any]:
         "prompt_ids": [t.prompt_ids.tolist() for t, _ in pairs],
         "completion_ids": [t.completion_ids.tolist() for t, _ in pairs],
         "logprobs": [t.logprobs.tolist() for t, _ in pairs],
-        "env_mask": [
-            ((t.decision != Slot.FORCED) & keep).astype(int).tolist() for t, keep in pairs
-        ],
+        "env_mask": [(counted(t) & keep).astype(int).tolist() for t, keep in pairs],
     }
 
 
@@ -348,6 +364,12 @@ def _check(model: Any, args: LADAPOConfig) -> None:
             f"{type(model).__name__} is no latent policy; make one with `rl.make_policy`"
         )
     noise = model.protocol.noise_scale
+    if noise > 0.0 and args.objective == "published":
+        raise ObjectiveError(
+            f"objective is published, but the policy's noise_scale is {noise}: the release's "
+            "latents have no noise. Set the protocol's noise_scale to 0, or leave objective at "
+            "exact"
+        )
     if noise == 0.0 and (args.latent_alpha != 0.0 or args.latent_beta != 0.0):
         raise ObjectiveError(
             f"latent_alpha={args.latent_alpha} and latent_beta={args.latent_beta} ask for a latent "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from trl.trainer.grpo_config import GRPOConfig
 
 from rl.errors import ObjectiveError
-from rl.objective import Reduction, reduce_width
+from rl.objective import Objective, Reduction, reduce_width
+from rl.policy.protocol import Imagine
 
 # Arguments of TRL that LA-DAPO takes no notice of, and the values that say so.
 IGNORED: dict[str, Any] = {
@@ -30,6 +31,23 @@ class LADAPOConfig(GRPOConfig):
     `top_k` are the sampler's as well.
     """
 
+    objective: Objective = field(
+        default="exact",
+        metadata={
+            "help": "exact: ours. published: a baseline, what Future-L1's released code computes "
+            "(rl.published), defects included; only for a policy without noise."
+        },
+    )
+    published_kappa: float = field(
+        default=0.01, metadata={"help": "κ of κ·⟨μ, z⟩, with objective published alone."}
+    )
+    imagine: Imagine = field(
+        default="free",
+        metadata={"help": "Sampling: spans left to the policy, always one, or never any."},
+    )
+    freeze_vision: bool = field(
+        default=False, metadata={"help": "Whether the vision tower is left as it is."}
+    )
     epsilon_high: float | None = field(
         default=0.28, metadata={"help": "Upper clip of the token ratio (DAPO's clip-higher)."}
     )
@@ -93,6 +111,9 @@ class LADAPOConfig(GRPOConfig):
                 f"{self.filter_high}"
             )
         self._check_budget()
+        self._check_published()
+        if self.imagine not in get_args(Imagine):
+            raise ObjectiveError(f"imagine is {self.imagine!r}; choose one of {get_args(Imagine)}")
         if self.max_refills < 0:
             raise ObjectiveError(f"max_refills is {self.max_refills}; it must be >= 0")
         if self.temperature <= 0:
@@ -125,6 +146,39 @@ class LADAPOConfig(GRPOConfig):
                     f"{name} is TRL's own generation; rollouts come from the pool instead"
                 )
         reduce_width(torch.zeros(1), 1, self.latent_reduction)
+
+    def _check_published(self) -> None:
+        if self.objective not in get_args(Objective):
+            raise ObjectiveError(
+                f"objective is {self.objective!r}; choose one of {get_args(Objective)}"
+            )
+        if self.objective == "exact":
+            return
+        for name, inert, why in (
+            ("latent_alpha", 0.0, "in the release latents count among the tokens"),
+            ("latent_beta", 0.0, "in the release beta is the weight of latents' KL too"),
+            (
+                "max_mismatch",
+                None,
+                "the release's scores are not the sampler's (see published/gap)",
+            ),
+            ("off_policy_mask_threshold", None, "the release's scores are not the sampler's"),
+        ):
+            if getattr(self, name) != inert:
+                raise ObjectiveError(
+                    f"objective is published and {name} is {getattr(self, name)}, but {why}; set "
+                    f"{name} to {inert}"
+                )
+        if self.published_kappa <= 0.0:
+            raise ObjectiveError(f"published_kappa is {self.published_kappa}; it must be above 0")
+        steps: Any = self.steps_per_generation
+        if self.gradient_accumulation_steps % (steps * self.num_iterations):
+            raise ObjectiveError(
+                "objective is published, whose old log-probs are those of the update itself: it "
+                f"takes one update a rollout, but steps_per_generation={steps} and num_iterations="
+                f"{self.num_iterations} make several of gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}; leave the first two out"
+            )
 
     def _check_budget(self) -> None:
         if self.max_tokens_per_microbatch is None:

@@ -17,6 +17,7 @@ from rl.la_dapo_config import LADAPOConfig
 from rl.latent_term import MEANS, latent_term
 from rl.passes import Passes, take_rows
 from rl.policy.model import LatentPolicy
+from rl.published import bounded_reference, sampler_gaps
 from rl.scoring import Replay, replay_gaps
 from rl.trajectory import Trajectory
 
@@ -36,6 +37,11 @@ class ReplayLoss(GRPOTrainer):
     passes: Passes
     _replaying: dict[str, Any] | None = None  # the inputs of the loss that is computed
     _replayed: Replay | None = None  # and what came of them
+
+    @property
+    def published(self) -> bool:
+        """Whether the loss is that of the published baseline (`rl.published`), not ours."""
+        return self.args.objective == "published"
 
     # -- replay: TRL asks for log-probs, we score the stored trajectories --------------------------
 
@@ -62,14 +68,19 @@ class ReplayLoss(GRPOTrainer):
                 None,
                 None,
             )
-        # Rows of other passes keep the sampler's log-probs: their ratio is 1, and they are masked.
-        logps = self._replaying["old_per_token_logps"].clone()
+        inputs = self._replaying
+        # Rows of other passes are masked. They keep the sampler's log-probs, so that nothing about
+        # them overflows.
+        logps = inputs["sampling_per_token_logps"].clone()
         entropies = torch.zeros_like(logps)
-        rows = self._replaying.get("rows") or list(range(len(logps)))
-        trajectories = self._replaying["trajectories"]
+        rows = inputs.get("rows") or list(range(len(logps)))
+        trajectories = inputs["trajectories"]
         self._replayed = found = self.passes.replay(model, [trajectories[row] for row in rows])
         wider = (0, logits_to_keep - found.logprobs.size(1))
         logps[rows], entropies[rows] = pad(found.logprobs, wider), pad(found.entropies, wider)
+        if self.published and self.beta != 0.0:  # TRL takes the reference from here in a moment
+            reference = inputs["ref_per_token_logps"]
+            inputs["ref_per_token_logps"] = bounded_reference(logps, reference)
         return logps, entropies if compute_entropy else None, None
 
     # -- the loss ----------------------------------------------------------------------------------
@@ -128,7 +139,7 @@ class ReplayLoss(GRPOTrainer):
         return part
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        self._replaying = inputs
+        self._replaying = inputs = dict(inputs)
         try:
             loss = super()._compute_loss(model, inputs) * inputs.get("share", 1.0)
         finally:
@@ -183,8 +194,13 @@ class ReplayLoss(GRPOTrainer):
         trajectories: list[Trajectory] = inputs["trajectories"]
         if any(t.policy_version != self.state.global_step for t in trajectories):
             return
-        gaps = replay_gaps(replayed, trajectories)
         metrics = self._metrics["train" if self.model.training else "eval"]
+        if self.published:  # whose scores are others; by how much is what there is to see
+            mean, most = sampler_gaps(replayed, trajectories)
+            metrics["published/gap"].append(mean)
+            metrics["published/gap_max"].append(most)
+            return
+        gaps = replay_gaps(replayed, trajectories)
         metrics["replay/max_gap"].append(gaps.tokens)
         metrics["replay/max_latent_gap"].append(gaps.latents)
         # Written so that NaN is a mismatch too.

@@ -19,8 +19,9 @@ import torch
 
 from rl.errors import ObjectiveError
 
+Objective = Literal["exact", "published"]  # published: the baseline of `rl.published`
 Reduction = Literal["sum", "sqrt_dim", "mean"]
-Reason = Literal["kept", "all_wrong", "all_right", "too_hard", "too_easy", "invalid"]
+Reason = Literal["kept", "all_wrong", "all_right", "too_hard", "too_easy", "invalid", "video"]
 
 
 def reduce_width(value_L: torch.Tensor, dim: int, reduction: Reduction) -> torch.Tensor:

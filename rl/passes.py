@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from rl.interfaces import MediaSource
 from rl.policy.model import LatentPolicy
+from rl.published import collate_published, replay_published
 from rl.scoring import Replay, collate, prompt_groups, replay
 from rl.trajectory import Trajectory
 
@@ -18,7 +19,8 @@ class Passes:
     """Forward passes over trajectories: which go together, and their replay.
 
     A pass holds at most `budget` tokens (see `plan_passes`), or without a budget `rows`
-    trajectories as they come.
+    trajectories as they come. `kappa` makes the scores those of the published baseline
+    (`rl.published`); None: the exact ones.
     """
 
     def __init__(
@@ -29,9 +31,10 @@ class Passes:
         *,
         budget: int | None,
         rows: int,
+        kappa: float | None = None,
     ) -> None:
         self._policy, self._media, self._accelerator = policy, media, accelerator
-        self._budget, self._rows = budget, rows
+        self._budget, self._rows, self._kappa = budget, rows, kappa
 
     def plan(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         """Rows of `trajectories` for each pass; as many passes on every process."""
@@ -47,9 +50,14 @@ class Passes:
 
     def replay(self, model: Any, trajectories: Sequence[Trajectory]) -> Replay:
         """One pass. `model` is the policy, as it is wrapped."""
-        batch = collate(trajectories, self._policy, self._media).to(self._accelerator.device)
+        policy, media, device = self._policy, self._media, self._accelerator.device
+        if self._kappa is not None:
+            baseline = collate_published(trajectories, policy, media).to(device)
+            with self._accelerator.autocast():
+                return replay_published(model, baseline, self._kappa)
+        batch = collate(trajectories, policy, media).to(device)
         with self._accelerator.autocast():
-            return replay(model, batch, self._policy)
+            return replay(model, batch, policy)
 
     @torch.no_grad()
     def score(

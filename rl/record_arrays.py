@@ -74,7 +74,13 @@ class Arrays:
                 span_lengths=tuple(row["span_lengths"]),
                 filler=row["filler"],
                 media=tuple(
-                    MediaKey(key["path"], tuple(key["frames"]), key["processor"])
+                    MediaKey(
+                        key["path"],
+                        tuple(key["frames"]),
+                        key["processor"],
+                        tuple(key["files"]),
+                        key["content"],
+                    )
                     for key in row["media"]
                 ),
                 policy_version=row["policy_version"],

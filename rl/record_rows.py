@@ -176,6 +176,8 @@ def _media(value: Any) -> bool:
         and _text(value["path"])
         and _wholes(value["frames"])
         and _text(value["processor"])
+        and _list(value["files"], _text)
+        and _text(value["content"])
     )
 
 

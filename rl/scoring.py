@@ -59,15 +59,27 @@ def prompt_groups(trajectories: Sequence[Trajectory]) -> list[list[int]]:
     return list(groups.values())
 
 
+# Says what to score of trajectories, as `_slots` does and with its arguments.
+SlotChooser = Callable[
+    [Sequence[Trajectory], LatentPolicy, dict[int, int], dict[int, int], int],
+    tuple[ScoreSlots, torch.Tensor],
+]
+
+
 def collate(
-    trajectories: Sequence[Trajectory], policy: LatentPolicy, media: MediaSource
+    trajectories: Sequence[Trajectory],
+    policy: LatentPolicy,
+    media: MediaSource,
+    *,
+    slots: SlotChooser | None = None,
 ) -> ReplayBatch:
     """Lay trajectories out for one forward pass of `policy`, their clips fetched from `media` by
     key.
 
     Trajectories with the same prompt and clips, wherever they stand, share one copy of them, and a
-    clip is there once however many prompts show it. Raises `TrajectoryError` for one that was
-    sampled under another protocol.
+    clip is there once however many prompts show it. `slots` chooses what is scored in the place of
+    what the policy decided. Raises `TrajectoryError` for one that was sampled under another
+    protocol.
     """
     # Sequences of equal length stand side by side, where attention computes them together.
     groups = [
@@ -108,7 +120,7 @@ def collate(
         "latents": torch.cat(fed),
     }
     width = max(len(t.completion_ids) for t in trajectories)
-    inputs["slots"], places = _slots(trajectories, policy, starts, ends, width)
+    inputs["slots"], places = (slots or _slots)(trajectories, policy, starts, ends, width)
     return ReplayBatch(
         inputs,
         places,
@@ -129,7 +141,9 @@ def _slots(
     ends: dict[int, int],
     width: int,
 ) -> tuple[ScoreSlots, torch.Tensor]:
-    """What to score, trajectory by trajectory, and the places of the results in [B, C]."""
+    """What to score, trajectory by trajectory, and the places of the results in [B, C]. In the row,
+    the completion of trajectory i begins at `starts[i]`, and its prompt's last token is `ends[i]`.
+    """
     parts: dict[str, list[np.ndarray]] = defaultdict(list)
     places = []
     for row, t in enumerate(trajectories):
@@ -157,7 +171,9 @@ def _slots(
         places.append(row * width + at)
     joined = {name: torch.from_numpy(np.concatenate(values)) for name, values in parts.items()}
     most = int(joined["kept"].max()) if len(joined["kept"]) else 0
-    return ScoreSlots(**joined, most_kept=most), torch.from_numpy(np.concatenate(places))
+    return ScoreSlots(**joined, most_kept=most, plain=False), torch.from_numpy(
+        np.concatenate(places)
+    )
 
 
 def _prompt_positions(

@@ -42,7 +42,8 @@ class Sample:
     (one more than spans; one text where there are no spans; none where there is nothing to teach).
 
     `window` is the part of the video that counts, in seconds. With a `pool`, `frames` and `imagine`
-    do not count frames of the file but places (from 0) in the middles of so many equal parts of it.
+    do not count frames of the file but places (from 0) among so many spread over it
+    (`rl.data.frames.pool_indices`).
     `images` are the files of a clip that is no video file; `video` then names it in messages.
     `extra` holds the other columns, for rewards.
     """

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rl.data.broken import of_sample
 from rl.data.media import MediaProcessor
 from rl.errors import DataError, RolloutError, TrajectoryError, VideoError
 from rl.interfaces import Media, MediaSource, WeightUpdate
@@ -127,7 +128,7 @@ def clip_of(processor: MediaProcessor, media: MediaSource, sample: Sample) -> Me
     try:
         return media.get(processor.key(sample))
     except VideoError as error:
-        raise VideoError(f"sample {sample.id!r}: {error}") from error
+        raise of_sample(sample, error) from error
 
 
 def check_update(update: WeightUpdate, own: Mapping[str, Collection[int]]) -> None:

@@ -6,19 +6,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from rl.data.broken import broken_samples, of_sample
 from rl.data.media import MediaProcessor
+from rl.data.store import ByteCache
 from rl.errors import RolloutError, SyncError, VideoError
 from rl.interfaces import Media, WeightUpdate
-from rl.trajectory import MediaKey, RolloutRequest, TrajectoryGroup
+from rl.trajectory import MediaKey, RolloutRequest, Sample, TrajectoryGroup
 from rollouts import vllm_cpu
 from rollouts.worker import EngineSpec, RolloutWorker, fetch
 
@@ -31,40 +32,58 @@ _CLOSING = 15.0  # seconds until a worker that does not end is killed
 class RayMedia:
     """Processed clips in Ray's object store, by key. Implements `rl.interfaces.MediaSource`.
 
-    Workers decode and process; this process only holds references. The `capacity` last used clips
-    are kept.
+    Workers decode and process; this process only holds references. The last used clips are kept,
+    up to `gigabytes` together. `timeout` bounds the wait for the next clip, in seconds.
     """
 
-    def __init__(self, workers: Sequence[Any], capacity: int) -> None:
-        self._workers, self._capacity = workers, capacity
-        self._refs: OrderedDict[MediaKey, ray.ObjectRef] = OrderedDict()
+    def __init__(self, workers: Sequence[Any], gigabytes: float, timeout: float) -> None:
+        self._workers, self._timeout = workers, timeout
+        self._clips: ByteCache[ray.ObjectRef] = ByteCache(gigabytes)
         self._next = 0
 
-    def refs(self, keys: Iterable[MediaKey]) -> dict[MediaKey, ray.ObjectRef]:
-        """References to the clips of `keys`; what is missing is set to work on the workers,
-        evenly.
+    def load(self, keys: Iterable[MediaKey]) -> tuple[dict[MediaKey, Any], dict[MediaKey, Any]]:
+        """References to the clips of `keys`, and the errors (`VideoError`) of those that cannot be
+        shown. What is missing the workers process, evenly; clips of `keys` stay until the next
+        call. Raises `RolloutError` for a worker that fails.
         """
         wanted = dict.fromkeys(keys)
-        found = {}
-        for key in wanted:
-            if key not in self._refs:
-                # One task a clip: a broken one must not take others with it.
-                worker = self._workers[self._next % len(self._workers)]
-                self._next += 1
-                self._refs[key] = worker.process.remote(key)
-            self._refs.move_to_end(key)
-            found[key] = self._refs[key]
-        while len(self._refs) > max(self._capacity, len(wanted)):
-            self._refs.popitem(last=False)
-        return found
+        self._clips.hold(wanted)
+        found = {key: self._clips.get(key) for key in wanted}
+        queues: dict[int, list[MediaKey]] = {}
+        for key in (key for key, ref in found.items() if ref is None):
+            queues.setdefault(self._next % len(self._workers), []).append(key)
+            self._next += 1
+        waiting = []
+        for number, queue in queues.items():
+            # One task a clip: a broken one must not take others with it.
+            for key, ahead in zip_longest(queue, queue[1:]):
+                waiting.append((number, key, *self._workers[number].process.remote(key, ahead)))
+        broken = {}
+        for number, key, ref, receipt in waiting:
+            size = _result(number, receipt, "process a clip", self._timeout)
+            if isinstance(size, VideoError):
+                broken[key] = size
+            else:
+                self._clips.put(key, ref, size)
+                found[key] = ref
+        return {key: ref for key, ref in found.items() if key not in broken}, broken
 
     def get(self, key: MediaKey) -> Media:
-        return fetch(self.refs([key])[key])
+        """One clip. Raises `VideoError`."""
+        ref = self._clips.get(key)
+        if ref is None:
+            refs, broken = self.load([key])
+            if key in broken:
+                raise broken[key]
+            ref = refs[key]
+        return fetch(ref)
 
-    def forget(self, keys: Iterable[MediaKey]) -> None:
-        """Process these clips anew when they are asked for again."""
-        for key in keys:
-            self._refs.pop(key, None)
+    @property
+    def bytes(self) -> int:
+        return self._clips.bytes
+
+    def __len__(self) -> int:
+        return len(self._clips)
 
 
 class RolloutPool:
@@ -86,7 +105,7 @@ class RolloutPool:
         *,
         address: str | None = None,
         timeout: float = 600.0,
-        media_capacity: int = 4096,
+        media_gb: float = 4.0,
         cpus_per_worker: float = 1.0,
         gpus_per_worker: float = 0.0,
     ) -> None:
@@ -109,7 +128,7 @@ class RolloutPool:
                     # vLLM measures the memory of the whole GPU, and may not see another one start.
                     self._gather([self._workers[-1].health.remote()], "start")
             self._processor = processor
-            self.media = RayMedia(self._workers, media_capacity)
+            self.media = RayMedia(self._workers, media_gb, timeout)
             self._gather([w.health.remote() for w in self._workers], "start")
             self._transfer = _transfer(spec, self._workers, timeout)
         except BaseException:
@@ -117,19 +136,31 @@ class RolloutPool:
             raise
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[TrajectoryGroup]:
-        """Sample every request; groups come back in the order of the requests."""
+        """Sample every request; groups come back in the order of the requests.
+
+        Raises `VideoError`, which names sample and file, before anything is sampled if one of the
+        clips cannot be shown.
+        """
         self._give_memory()
-        keys = [self._processor.key(request.sample) for request in requests]
-        refs = self.media.refs(keys)
+        keys = []
+        for request in requests:
+            try:
+                keys.append(self._processor.key(request.sample))
+            except VideoError as error:
+                raise of_sample(request.sample, error) from error
+        refs, broken = self.media.load(keys)
+        for request, key in zip(requests, keys, strict=True):
+            if key in broken:
+                raise of_sample(request.sample, broken[key])
         calls = []
         for worker, part in zip(self._workers, _split(requests, len(self._workers)), strict=True):
             mine = {key: refs[key] for key in keys[part]}
             calls.append(worker.generate.remote(requests[part], mine))
-        try:
-            return [group for groups in self._gather(calls, "sample") for group in groups]
-        except VideoError:
-            self.media.forget(keys)  # a file that is mended can be read again
-            raise
+        return [group for groups in self._gather(calls, "sample") for group in groups]
+
+    def broken(self, samples: Sequence[Sample]) -> dict[str, VideoError]:
+        """As `rl.interfaces.Rollouts.broken`."""
+        return broken_samples(self._processor, samples, lambda keys: self.media.load(keys)[1])
 
     def update_weights(self, update: WeightUpdate) -> int:
         """Bring every worker to `update.version`; returns it. Raises `SyncError` that names who did
@@ -157,7 +188,11 @@ class RolloutPool:
     def health(self) -> dict[str, Any]:
         """What each worker says of itself, by its number."""
         reports = self._gather([w.health.remote() for w in self._workers], "report")
-        return {"workers": dict(enumerate(reports)), "clips": len(self.media._refs)}
+        return {
+            "workers": dict(enumerate(reports)),
+            "clips": len(self.media),
+            "clip_bytes": self.media.bytes,
+        }
 
     def close(self) -> None:
         """Stop the workers, and Ray if this pool started it."""
@@ -183,20 +218,20 @@ class RolloutPool:
             torch.cuda.empty_cache()
 
     def _gather(self, calls: Sequence[Any], deed: str) -> list[Any]:
-        results = []
-        for number, call in enumerate(calls):
-            try:
-                results.append(fetch(call, timeout=self._timeout))
-            except GetTimeoutError:
-                raise RolloutError(
-                    f"worker {number} did not {deed} within {self._timeout:.0f} s; look for it in "
-                    "Ray's logs, or raise rollouts.timeout_s"
-                ) from None
-            except RayActorError as error:
-                raise RolloutError(
-                    f"worker {number} died when it should {deed}: {error}"
-                ) from error
-        return results
+        return [_result(i, call, deed, self._timeout) for i, call in enumerate(calls)]
+
+
+def _result(number: int, call: Any, deed: str, timeout: float) -> Any:
+    """What a call to worker `number` returned. Raises `RolloutError` if it is late or died."""
+    try:
+        return fetch(call, timeout=timeout)
+    except GetTimeoutError:
+        raise RolloutError(
+            f"worker {number} did not {deed} within {timeout:.0f} s; look for it in Ray's logs, or "
+            "raise rollouts.timeout_s"
+        ) from None
+    except RayActorError as error:
+        raise RolloutError(f"worker {number} died when it should {deed}: {error}") from error
 
 
 def _transfer(spec: EngineSpec, workers: Sequence[Any], timeout: float) -> WeightTransfer | None:

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from rl.data.broken import broken_clips, broken_samples
 from rl.data.media import MediaProcessor
+from rl.errors import DataError, VideoError
 from rl.interfaces import Media, MediaSource, WeightUpdate
 from rl.policy.density import log_density, sample_latents
 from rl.policy.noise import Stream, uniform
@@ -24,7 +26,7 @@ from rl.policy.protocol import SLOT_OF_STEP, Slot, SpanState, Step
 from rl.policy.sampling import draw_next
 from rl.policy.scores import full_logits
 from rl.scoring import media_types
-from rl.trajectory import RolloutRequest, Sampling, Trajectory, TrajectoryGroup
+from rl.trajectory import RolloutRequest, Sample, Sampling, Trajectory, TrajectoryGroup
 from rollouts.assemble import Assembler, Meter, Sampled, check_update, clip_of, stop_ids
 
 
@@ -73,6 +75,7 @@ class TransformersEngine:
         pad = tokenizer.pad_token_id
         self._pad = pad if pad is not None else min(self._stops)
         self._meter = Meter()
+        self._positions = int(policy.config.get_text_config().max_position_embeddings)
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[TrajectoryGroup]:
         """Sample every request; groups come back in the order of the requests."""
@@ -90,6 +93,10 @@ class TransformersEngine:
             TrajectoryGroup(request.sample, tuple(group))
             for request, group in zip(requests, members, strict=True)
         ]
+
+    def broken(self, samples: Sequence[Sample]) -> dict[str, VideoError]:
+        """As `rl.interfaces.Rollouts.broken`."""
+        return broken_samples(self.processor, samples, lambda keys: broken_clips(self.media, keys))
 
     def update_weights(self, update: WeightUpdate) -> int:
         """Load the parameters of `update` in place and take its version."""
@@ -114,6 +121,13 @@ class TransformersEngine:
         ]
         for request, prompt in zip(requests, prompts, strict=True):
             self._assembler.check_prompt(request.sample, prompt)
+            if len(prompt) + request.sampling.max_new_tokens > self._positions:
+                raise DataError(
+                    f"sample {request.sample.id!r}: a prompt of {len(prompt)} tokens and "
+                    f"{request.sampling.max_new_tokens} new ones are more than the "
+                    f"{self._positions} that the model has positions for; show fewer frames "
+                    "(data.frames) or ask for fewer tokens. Prompts are never cut"
+                )
         rows = [_Row(i, seed, r.sampling) for i, r in enumerate(requests) for seed in r.seeds]
         inputs = self._prompt_batch(prompts, clips)
         positions, next_position = self.policy.position_ids(inputs)

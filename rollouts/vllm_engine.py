@@ -21,11 +21,12 @@ from typing import Any, Literal, TypeVar
 
 from transformers import GenerationConfig
 
+from rl.data.broken import broken_clips, broken_samples
 from rl.data.media import MediaProcessor
-from rl.errors import ForesightError, RolloutError
+from rl.errors import ForesightError, RolloutError, VideoError
 from rl.interfaces import MediaSource, WeightUpdate
 from rl.policy.model import protocol_and_tokens, read_config
-from rl.trajectory import RolloutRequest, Trajectory, TrajectoryGroup
+from rl.trajectory import RolloutRequest, Sample, Trajectory, TrajectoryGroup
 from rollouts import vllm_cpu
 from rollouts.assemble import Assembler, Meter, check_update, stop_ids
 from rollouts.vllm_options import VLLMOptions
@@ -172,6 +173,10 @@ class VLLMEngine:
             if self.options.enable_sleep:
                 self._sleep()  # what was sampled is returned whether it falls asleep or not
         return found
+
+    def broken(self, samples: Sequence[Sample]) -> dict[str, VideoError]:
+        """As `rl.interfaces.Rollouts.broken`."""
+        return broken_samples(self.processor, samples, lambda keys: broken_clips(self.media, keys))
 
     def update_weights(self, update: WeightUpdate) -> int:
         """Load the parameters of `update` and take its version; the others stay. Waits for

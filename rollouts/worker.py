@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray
 from ray.exceptions import RayTaskError
 
+from rl.data.frames import FrameRule
+from rl.data.store import media_bytes
+from rl.data.video import TIMEOUT_S
+from rl.errors import VideoError
 from rl.interfaces import Engine, Media, WeightUpdate
 from rl.trajectory import MediaKey, RolloutRequest, TrajectoryGroup
 from rollouts.vllm_options import VLLMOptions
@@ -33,8 +37,9 @@ class EngineSpec:
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
     max_batch_size: int = 64
-    default_frames: int = 8
+    frames: FrameRule = FrameRule()
     system_prompt: str | None = None
+    decode_timeout_s: float = TIMEOUT_S
     threads: int = 1
     options: VLLMOptions = field(default_factory=VLLMOptions)
 
@@ -50,6 +55,11 @@ class RefMedia:
         self._refs = dict(refs)
 
     def get(self, key: MediaKey) -> Media:
+        if key not in self._refs:  # the engine made another key than the pool did
+            raise VideoError(
+                f"{key.path}: the file changed while it was in use; leave the files of a run "
+                "alone, or start again"
+            )
         return fetch(self._refs[key])
 
 
@@ -68,14 +78,28 @@ class RolloutWorker:
         disable_progress_bar()  # one bar a worker is noise
         processor = AutoProcessor.from_pretrained(spec.policy)
         self._processor = MediaProcessor(
-            processor, default_frames=spec.default_frames, system_prompt=spec.system_prompt
+            processor,
+            spec.frames,
+            system_prompt=spec.system_prompt,
+            decode_timeout_s=spec.decode_timeout_s,
         )
         self._media = RefMedia()
+        self._decoded = 0
         self._engine: Any = build_engine(spec, self._processor, self._media)
 
-    def process(self, key: MediaKey) -> Media:
-        """Decode and process one clip."""
-        return self._processor.process(key)
+    @ray.method(num_returns=2)
+    def process(
+        self, key: MediaKey, ahead: MediaKey | None = None
+    ) -> tuple[Media | None, int | VideoError]:
+        """Decode and process one clip, and meanwhile decode `ahead`, which will be next. Returns
+        the clip and its bytes, or none and why.
+        """
+        self._decoded += 1
+        try:
+            media = self._processor.process(key, ahead)
+        except VideoError as error:
+            return None, error
+        return media, media_bytes(media)
 
     def generate(
         self, requests: Sequence[RolloutRequest], refs: Mapping[MediaKey, ray.ObjectRef]
@@ -95,7 +119,7 @@ class RolloutWorker:
         self._engine.transfer(step, arguments, version)
 
     def health(self) -> dict[str, Any]:
-        return {"pid": os.getpid(), **self._engine.health()}
+        return {"pid": os.getpid(), "clips_decoded": self._decoded, **self._engine.health()}
 
     def close(self) -> None:
         """End what the engine started beside this process."""

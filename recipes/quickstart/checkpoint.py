@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from recipes.quickstart import texts
-from recipes.quickstart.world import FPS, FRAME_PX, FRAMES_PER_STATE, STATES
+from recipes.quickstart.tiles import TILES
+from recipes.quickstart.worlds import World
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -33,7 +34,7 @@ SPECIAL_TOKENS = (PAD, START, END, VISION_START, VISION_END, IMAGE, VIDEO)
 PATCH: dict[str, Any] = {
     "patch_size": 4,
     "merge_size": 2,
-    "temporal_patch_size": FRAMES_PER_STATE,
+    "temporal_patch_size": TILES.frames_per_state,
 }  # one merged patch = one tile
 MAX_TOKENS = 1024
 SPARE_ROWS = (
@@ -67,15 +68,15 @@ CHAT_TEMPLATE = """\
 """
 
 
-def make_checkpoint(folder: str | Path, seed: int) -> None:
-    """Save a freshly initialised tiny Qwen3-VL and its processor to `folder`."""
-    processor = make_processor()
-    make_model(processor.tokenizer, seed).save_pretrained(folder)
+def make_checkpoint(folder: str | Path, seed: int, world: World = TILES) -> None:
+    """Save a freshly initialised tiny Qwen3-VL and its processor for `world` to `folder`."""
+    processor = make_processor(world)
+    make_model(processor.tokenizer, seed, world).save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, lossless for any text, with one token for each word of `texts`."""
+def make_tokenizer(world: World = TILES) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, lossless for any text, with one token for each word of `world`."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -91,14 +92,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(texts.corpus(), trainer)
+    core.train_from_iterator(world.corpus(), trainer)
     core.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
     )
     # Answer tags are ordinary tokens: decoding without special tokens must keep them.
-    core.add_tokens(
-        [AddedToken(tag, normalized=False) for tag in (texts.ANSWER_OPEN, texts.ANSWER_CLOSE)]
-    )
+    core.add_tokens([AddedToken(tag, normalized=False) for tag in world.tags])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,
@@ -109,9 +108,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_processor() -> Qwen3VLProcessor:
-    """A Qwen3-VL processor that takes the world's frames as they are, without resizing."""
-    frame = FRAME_PX * FRAME_PX
+def make_processor(world: World = TILES) -> Qwen3VLProcessor:
+    """A Qwen3-VL processor that takes `world`'s frames as they are, without resizing."""
+    frame = world.frame_px**2
     scaling: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     image = Qwen2VLImageProcessor(
         size={"shortest_edge": frame, "longest_edge": frame}, **scaling, **PATCH
@@ -120,25 +119,25 @@ def make_processor() -> Qwen3VLProcessor:
         # Limits on the pixels of a whole clip: from a single frame pair to all of the world's
         # frames.
         size={
-            "shortest_edge": FRAMES_PER_STATE * frame,
-            "longest_edge": STATES * FRAMES_PER_STATE * frame,
+            "shortest_edge": world.frames_per_state * frame,
+            "longest_edge": world.states * world.frames_per_state * frame,
         },
         cap_pixels_per_frame=False,
-        fps=FPS,
-        min_frames=FRAMES_PER_STATE,
-        max_frames=STATES * FRAMES_PER_STATE,
+        fps=world.fps,
+        min_frames=world.frames_per_state,
+        max_frames=world.states * world.frames_per_state,
         **scaling,
         **PATCH,
     )
     return Qwen3VLProcessor(
         image_processor=image,
-        tokenizer=make_tokenizer(),
+        tokenizer=make_tokenizer(world),
         video_processor=video,
         chat_template=CHAT_TEMPLATE,
     )
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
+def make_config(tokenizer: PreTrainedTokenizerFast, world: World = TILES) -> Qwen3VLConfig:
     """3 text layers of width 64 and one vision layer of width 48."""
     ids = {token: tokenizer.added_tokens_encoder[token] for token in SPECIAL_TOKENS}
     hidden, spread = 64, 0.08
@@ -173,7 +172,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
             "patch_size": PATCH["patch_size"],
             "spatial_merge_size": PATCH["merge_size"],
             "temporal_patch_size": PATCH["temporal_patch_size"],
-            "num_position_embeddings": (FRAME_PX // PATCH["patch_size"]) ** 2,
+            "num_position_embeddings": (world.frame_px // PATCH["patch_size"]) ** 2,
             "deepstack_visual_indexes": [],
             "initializer_range": spread,
         },
@@ -185,11 +184,13 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3VLForConditionalGeneration:
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, world: World = TILES
+) -> Qwen3VLForConditionalGeneration:
     """The model with weights drawn from `seed`; the caller's random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3VLForConditionalGeneration(make_config(tokenizer))
+        model = Qwen3VLForConditionalGeneration(make_config(tokenizer, world))
         with torch.no_grad():
             # Places and words must differ from the start: at 0.08 all embeddings look alike to the
             # first layer.

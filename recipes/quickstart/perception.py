@@ -1,11 +1,11 @@
 """Perception: the tiny model learns to see, from nothing. It stands in for the pretraining of a
 real video model.
 
-One sequence a clip holds the two observed states as video and a few short texts about them (see
-`texts`): where the ball is, what colour some tiles have, and, from the pooled feature of a single
-state fed as a latent, where the ball is in it and where it will be one move later. The last two
-make a state's pooled feature something that can be read and moved on from, which is what latents
-will have to be.
+One sequence a clip holds the observed states as video and a few short texts about them, which its
+world draws (see `World.ask`; those of the tiles are explained in `texts`): where a ball is, what
+colour some tiles have, and, from the pooled feature of a single state fed as a latent, where a ball
+is in it and where it will be one state later. The last two make a state's pooled feature something
+that can be read and moved on from, which is what latents will have to be.
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from recipes.quickstart import texts
-from recipes.quickstart.world import FPS, FRAMES_PER_STATE, OBSERVED, STATES
+from recipes.quickstart.tiles import TILES
+from recipes.quickstart.worlds import Facts, Questions, Words, World
 from rl.data.media import MediaProcessor
-from rl.data.video import read_frames
-from rl.errors import CheckpointError, PolicyError
+from rl.data.video import read_each
+from rl.errors import CheckpointError
 from rl.policy.model import LatentPolicy
 from rl.scoring import media_types
 from rl.trajectory import Sample
 
-TASKS = ("where", "tile", "read", "next")
 STATE_FILE = "perception.pt"
 
 
 @dataclass(frozen=True)
 class Perception:
-    """How to pretrain. A clip is asked for `tiles` colours, and `reads` of its states are read and
-    moved on.
+    """How to pretrain. A clip is asked for `tiles` colours (in the world that has some), and
+    `reads` of its states are read and moved on.
     """
 
     steps: int = 300
@@ -59,89 +58,6 @@ class Perception:
         return self.learning_rate * min(1.0, (step + 1) / self.warmup) * share
 
 
-@dataclass(frozen=True)
-class Questions:
-    """The packed texts of a batch of B clips: which states are pooled, and what is asked after the
-    video.
-    """
-
-    ids: torch.Tensor  # int64 [B, Q]
-    asked: torch.Tensor  # int64 [A], where in Q the words to be predicted stand
-    tasks: tuple[str, ...]  # [A]
-    states: (
-        torch.Tensor
-    )  # int64 [B, R], the states whose pooled features are latents, each twice in a row
-
-
-@dataclass(frozen=True)
-class Words:
-    """Token ids of the words of `texts`, as they stand in running text."""
-
-    task: dict[str, int]
-    cell: torch.Tensor  # int64 [16], row by row
-    colour: torch.Tensor  # int64 [3]
-    latent: int
-
-    @classmethod
-    def of(cls, tokenizer: Any, latent: int) -> Words:
-        def one(word: str) -> int:
-            ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
-            if len(ids) != 1:
-                raise PolicyError(
-                    f"the tokenizer splits {word!r} in {len(ids)}; use the tokenizer of "
-                    "recipes.quickstart.checkpoint, which knows each word as one token"
-                )
-            return ids[0]
-
-        return cls(
-            task={task: one(task) for task in TASKS},
-            cell=torch.tensor([one(cell) for cell in texts.cells()]),
-            colour=torch.tensor([one(colour) for colour in texts.COLOURS]),
-            latent=latent,
-        )
-
-
-def ask(
-    boards: torch.Tensor,
-    paths: torch.Tensor,
-    words: Words,
-    config: Perception,
-    generator: torch.Generator,
-) -> Questions:
-    """Draw the questions of a batch: `boards` [B, 16] colours, `paths` [B, STATES] cells."""
-    count = len(boards)
-    rows = torch.arange(count)
-    columns: list[torch.Tensor] = []
-    asked: list[int] = []
-    tasks: list[str] = []
-
-    def add(task: str, given: torch.Tensor | None, answer: torch.Tensor) -> None:
-        columns.append(torch.full((count,), words.task[task]))
-        if given is not None:
-            columns.append(given)
-        asked.append(len(columns))
-        tasks.append(task)
-        columns.append(answer)
-
-    def random(high: int) -> torch.Tensor:
-        return torch.randint(0, high, (count,), generator=generator)
-
-    latent = torch.full((count,), words.latent)
-    add("where", None, words.cell[paths[:, OBSERVED - 1]])
-    for _ in range(config.tiles):
-        tile = random(boards.shape[1])
-        add("tile", words.cell[tile], words.colour[boards[rows, tile]])
-    states: list[torch.Tensor] = []
-    for _ in range(config.reads):
-        state = random(STATES - 1)  # any but the last: each has a next one
-        add("read", latent, words.cell[paths[rows, state]])
-        add("next", latent, words.cell[paths[rows, state + 1]])
-        states.append(state)
-    return Questions(
-        torch.stack(columns, 1), torch.tensor(asked), tuple(tasks), torch.stack(states, 1)
-    )
-
-
 class Clips:
     """All states of the training clips as the video processor gives them, and what is true of
     them.
@@ -152,23 +68,28 @@ class Clips:
         samples: Sequence[Sample],
         media: MediaProcessor,
         progress: Callable[[int, int], object],
+        world: World = TILES,
     ) -> None:
-        self.boards = torch.tensor([s.extra["board"] for s in samples]).flatten(1)
-        path = torch.tensor([s.extra["path"] for s in samples])
-        self.paths = path[..., 0] * texts.SIZE + path[..., 1]
-        frames = range(STATES * FRAMES_PER_STATE)
+        self._facts = world.facts(samples)
+        frames = range(world.states * world.frames_per_state)
         parts = []
         for first in range(0, len(samples), 64):
             batch = samples[first : first + 64]
-            clips = np.stack([read_frames(s.video, frames) for s in batch])
-            pixels = media.process_frames(clips, FPS, [frames] * len(batch))["pixel_values_videos"]
+            clips = np.stack(list(read_each((s.video for s in batch), frames)))
+            pixels = media.process_frames(clips, world.fps, [frames] * len(batch))[
+                "pixel_values_videos"
+            ]
             # Half precision halves the memory, and is finer than the 8 bits of a pixel.
-            parts.append(pixels.half().view(len(batch), STATES, -1, pixels.shape[-1]))
+            parts.append(pixels.half().view(len(batch), world.states, -1, pixels.shape[-1]))
             progress(first + len(batch), len(samples))
         self.pixels = torch.cat(parts)  # [N, STATES, patches, D]
 
     def __len__(self) -> int:
-        return len(self.boards)
+        return len(self.pixels)
+
+    def facts(self, rows: torch.Tensor) -> Facts:
+        """What is true of the clips `rows` [B]."""
+        return {name: values[rows] for name, values in self._facts.items()}
 
     def states(self, rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Patches [B * S * patches, D] of `states` [B, S] of the clips `rows` [B]."""
@@ -205,10 +126,15 @@ class Layout:
 
 
 def forward(
-    policy: Any, layout: Layout, clips: Clips, rows: torch.Tensor, questions: Questions
+    policy: Any,
+    layout: Layout,
+    clips: Clips,
+    rows: torch.Tensor,
+    questions: Questions,
+    observed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the answers [B, A] to the questions about the clips `rows` [B], and whether
-    each is right.
+    """Cross-entropy of the answers [B, A] to the questions about the clips `rows` [B], of
+    which `observed` states are shown, and whether each is right.
 
     The pooled features are computed with gradient: what is asked of them shapes the tower.
     """
@@ -219,12 +145,12 @@ def forward(
         clips.states(rows, states), layout.state_grid.expand(states.numel(), -1)
     )
     pooled = torch.stack(features.pooler_output).mean(1)  # [B * R, H]
-    observed = torch.arange(OBSERVED).expand(count, -1)
+    shown = torch.arange(observed).expand(count, -1)
     hidden = policy.hidden_states(
         input_ids=ids,
         latents=pooled.repeat_interleave(2, dim=0),
         mm_token_type_ids=media_types(ids, policy.config),
-        pixel_values_videos=clips.states(rows, observed),
+        pixel_values_videos=clips.states(rows, shown),
         video_grid_thw=layout.grid.expand(count, -1),
         position_ids=layout.positions(policy, ids),
         use_cache=False,
@@ -241,6 +167,7 @@ def pretrain(
     samples: Sequence[Sample],
     folder: str | Path,
     config: Perception = Perception(),
+    world: World = TILES,
 ) -> list[dict[str, Any]]:
     """Teach `policy` to see, and save it with its processor in `folder`.
 
@@ -253,15 +180,17 @@ def pretrain(
     with Progress() as bar:
         if run.step < config.steps:
             reading = bar.add_task("reading clips", total=len(samples))
-            clips = Clips(samples, media, lambda done, _: bar.update(reading, completed=done))
+            clips = Clips(
+                samples, media, lambda done, _: bar.update(reading, completed=done), world
+            )
             layout = Layout(policy, media, samples[0])
-            words = Words.of(media.tokenizer, policy.latent_tokens.filler)
+            words = Words.of(media.tokenizer, policy.latent_tokens.filler, world)
             learning = bar.add_task("learning to see", total=config.steps, completed=run.step)
             policy.train()
             while run.step < config.steps:
                 rows = torch.randint(0, len(clips), (config.batch_size,), generator=run.generator)
-                questions = ask(clips.boards[rows], clips.paths[rows], words, config, run.generator)
-                losses, right = forward(policy, layout, clips, rows, questions)
+                questions = world.ask(clips.facts(rows), words, config, run.generator)
+                losses, right = forward(policy, layout, clips, rows, questions, world.observed)
                 run.update(losses.mean())
                 if run.step % config.log_every == 0:
                     run.log(losses.detach(), right, questions.tasks)
@@ -313,10 +242,9 @@ class _Run:
 
     def log(self, losses: torch.Tensor, right: torch.Tensor, tasks: Sequence[str]) -> None:
         row: dict[str, Any] = {"step": self.step, "loss": float(losses.mean())}
-        for task in TASKS:
+        for task in dict.fromkeys(tasks):
             columns = [i for i, name in enumerate(tasks) if name == task]
-            if columns:
-                row[task] = float(right[:, columns].float().mean())
+            row[task] = float(right[:, columns].float().mean())
         self.history.append(row)
 
     def save(self) -> None:

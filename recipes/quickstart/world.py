@@ -148,17 +148,39 @@ def write_world(
     Files appear whole or not at all, the manifest last. Raises `DataError` for a `folder/split`
     that holds anything else.
     """
+
+    def clip(index: int) -> tuple[dict[str, Any], np.ndarray]:
+        drawn = draw_clip(seed, split, index)
+        return manifest_row(drawn, split, index), render(drawn.board, drawn.path)
+
+    origin = {"world": 1, "split": split, "seed": seed}
+    return write_clips(folder, split, count, clip, origin, FRAMES_PER_STATE, progress)
+
+
+def write_clips(
+    folder: str | Path,
+    split: str,
+    count: int,
+    clip: Callable[[int], tuple[dict[str, Any], np.ndarray]],
+    origin: dict[str, Any],
+    repeat: int = 1,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a split of any world, as `write_world` does for this one.
+
+    `clip(index)` gives a manifest row and its frames (uint8 [T, H, W, 3], each shown `repeat`
+    times); `origin` says what the clips are a function of.
+    """
     clips, manifest = Path(folder, split), Path(folder, f"{split}.jsonl")
-    _claim(clips, manifest, origin=json.dumps({"world": 1, "split": split, "seed": seed}))
+    _claim(clips, manifest, origin=json.dumps(origin))
     there = {path.name for path in clips.glob("*.mp4")}
     rows: list[dict[str, Any]] = []
     for index in range(count):
-        clip = draw_clip(seed, split, index)
-        rows.append(manifest_row(clip, split, index))
-        path = Path(folder, rows[-1]["video"])
+        row, frames = clip(index)
+        rows.append(row)
+        path = Path(folder, row["video"])
         if path.name not in there:
-            frames = render(clip.board, clip.path).repeat(FRAMES_PER_STATE, axis=0)
-            _write_atomically(path, encode_mp4(frames))
+            _write_atomically(path, encode_mp4(frames.repeat(repeat, axis=0)))
         if progress:
             progress(index + 1, count)
     text = "".join(json.dumps(row) + "\n" for row in rows)

@@ -8,14 +8,19 @@ from a file.
 """
 
 from recipes.schema.base import Section
-from recipes.schema.policy import DataSection, HeadSection, PolicySection
+from recipes.schema.evaluation import BenchmarkSection, EvaluateRecipe
+from recipes.schema.policy import ClipSection, DataSection, HeadSection, PolicySection
 from recipes.schema.rewards import RewardSection, ScoringSection
 from recipes.schema.rollouts import RolloutsSection, VLLMSection
+from recipes.schema.selection import SelectRecipe
 from recipes.schema.stages import EvaluationSection, LADAPORecipe, RecipeBase, SFTRecipe
 from recipes.schema.training import LADAPOSection, LoraSection, SFTSection, TrainSection
 
 __all__ = [
+    "BenchmarkSection",
+    "ClipSection",
     "DataSection",
+    "EvaluateRecipe",
     "EvaluationSection",
     "HeadSection",
     "LADAPORecipe",
@@ -29,6 +34,7 @@ __all__ = [
     "SFTSection",
     "ScoringSection",
     "Section",
+    "SelectRecipe",
     "TrainSection",
     "VLLMSection",
 ]

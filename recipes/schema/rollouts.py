@@ -8,6 +8,20 @@ from pydantic import Field
 
 from recipes.schema.base import Count, NotNegative, Positive, Section
 
+# What may change while a run is interrupted: who samples, not what is sampled.
+ANY_WORKERS = frozenset(
+    {
+        "rollouts.engine",
+        "rollouts.vllm",
+        "rollouts.workers",
+        "rollouts.max_batch_size",
+        "rollouts.ray",
+        "rollouts.cpus_per_worker",
+        "rollouts.gpus_per_worker",
+        "rollouts.timeout_s",
+    }
+)
+
 
 class RaySection(Section):
     address: str | None = Field(

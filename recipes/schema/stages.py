@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from recipes.schema.base import Count, RecipePath, Section
+from recipes.schema.base import Count, DataSource, RecipePath, Section
 from recipes.schema.policy import DataSection, PolicySection
 from recipes.schema.rewards import RewardSection, ScoringSection
-from recipes.schema.rollouts import RolloutsSection
+from recipes.schema.rollouts import ANY_WORKERS, RolloutsSection
 from recipes.schema.training import LADAPOSection, SFTSection
 from rewards.registry import SERVING_OPTIONS
 from rl.policy.protocol import Imagine
@@ -18,7 +18,18 @@ from rl.policy.protocol import Imagine
 class EvaluationSection(Section):
     """Greedy accuracy of the trained policy, at the end of the run."""
 
-    manifest: RecipePath = Field(description="Manifest to evaluate on.")
+    manifest: DataSource = Field(
+        description="What to evaluate on: a file with rows, a folder, or a name on the Hub."
+    )
+    format: str = Field(
+        default="auto", description="How its rows are written; auto: told by their columns."
+    )
+    columns: dict[str, str] | None = Field(
+        default=None, description="For rows of no known format: our columns' names to theirs."
+    )
+    video_root: RecipePath | None = Field(
+        default=None, description="Folder its video paths start from; null: data.video_root."
+    )
     modes: Annotated[list[Imagine], Field(min_length=1)] = Field(
         default=["free", "always", "never"], description="Imagining left free, forced, forbidden."
     )
@@ -31,6 +42,9 @@ class EvaluationSection(Section):
 class RecipeBase(Section):
     """What the recipes of all stages say."""
 
+    # What may change between a run and its resumption without changing what comes out.
+    HARMLESS: ClassVar[frozenset[str]] = frozenset({"name", "output"})
+
     stage: str
     name: str = Field(default="run", description="What the run is called in messages.")
     seed: int = Field(default=0, description="Of everything random in the run.")
@@ -42,10 +56,14 @@ class RecipeBase(Section):
 
 
 class _Training(RecipeBase):
-    HARMLESS: ClassVar[frozenset[str]] = frozenset(
-        {"name", "output", "evaluation", "train.save_every", "train.log_every"}
-        | {"train.keep_checkpoints", "data.media_cache"}
-    )
+    HARMLESS: ClassVar[frozenset[str]] = RecipeBase.HARMLESS | {
+        "evaluation",
+        "train.save_every",
+        "train.log_every",
+        "train.keep_checkpoints",
+        "data.media_cache_gb",
+        "data.decode_timeout_s",
+    }
 
     data: DataSection
     evaluation: EvaluationSection | None = Field(default=None, description="Null: none.")
@@ -54,16 +72,8 @@ class _Training(RecipeBase):
 class LADAPORecipe(_Training):
     """Reinforcement learning with LA-DAPO."""
 
-    # What may change between a run and its resumption without changing what is learned.
     HARMLESS: ClassVar[frozenset[str]] = _Training.HARMLESS | {
-        "rollouts.engine",
-        "rollouts.vllm",
-        "rollouts.workers",
-        "rollouts.max_batch_size",
-        "rollouts.ray",
-        "rollouts.cpus_per_worker",
-        "rollouts.gpus_per_worker",
-        "rollouts.timeout_s",
+        *ANY_WORKERS,
         "rewards.*.timeout_s",
         "rewards.*.memory_mb",
         "rewards.*.gpus",
@@ -93,6 +103,8 @@ class LADAPORecipe(_Training):
 
 class SFTRecipe(_Training):
     """Supervised fine-tuning with latent alignment."""
+
+    HARMLESS: ClassVar[frozenset[str]] = _Training.HARMLESS | {"train.target_cache"}
 
     stage: Literal["sft"] = Field(description="Selects this stage.")
     train: SFTSection = Field(default=SFTSection(), description="SFT's settings.")

@@ -6,8 +6,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from recipes.schema.base import Count, NotNegative, Positive, Schedule, Section, Share
-from rl.objective import Reduction
+from recipes.schema.base import (
+    Count,
+    NotNegative,
+    Positive,
+    RecipePath,
+    Schedule,
+    Section,
+    Share,
+)
+from rl.objective import Objective, Reduction
+from rl.policy.protocol import Imagine
 
 
 class LoraSection(Section):
@@ -98,6 +107,14 @@ class LADAPOSection(TrainSection):
         "record_latents_every",
     }
 
+    objective: Objective = Field(
+        default="exact",
+        description="exact: ours. published: a baseline, what the released code of Future-L1 "
+        "computes, for comparison; needs policy.noise_scale and both latent weights at 0.",
+    )
+    published_kappa: Positive = Field(
+        default=0.01, description="κ of the published objective (Future-L1)."
+    )
     max_steps: Count = Field(
         default=312, description="Updates (Future-L1: 20K samples, 64 a step)."
     )
@@ -125,6 +142,10 @@ class LADAPOSection(TrainSection):
     top_k: Annotated[int, Field(ge=0)] = Field(
         default=0,
         description="Free tokens come from the so many likeliest, before top_p; 0: from all.",
+    )
+    imagine: Imagine = Field(
+        default="free",
+        description="In sampling and validation, latent spans are free, always there or never.",
     )
     epsilon: Share = Field(
         default=0.2, description="Lower clip of the token ratio (DAPO, Future-L1)."
@@ -156,6 +177,9 @@ class LADAPOSection(TrainSection):
     )
     filter_high: Share = Field(
         default=0.9, description="Train on groups with accuracy below this (Future-L1)."
+    )
+    freeze_vision: bool = Field(
+        default=False, description="Leave the vision tower as it is (Future-L1: no)."
     )
     max_refills: Annotated[int, Field(ge=0)] = Field(
         default=20, description="Times a step samples new prompts for dropped groups (Future-L1)."
@@ -227,7 +251,20 @@ class SFTSection(TrainSection):
     latent_loss: Literal["mse", "cosine"] = Field(
         default="mse", description="Its kind (Future-L1)."
     )
-    tokens_per_patch: Count = Field(default=1, description="Latents for each frame pair of a span.")
+    latents: Literal["teacher", "own"] = Field(
+        default="teacher",
+        description="Fed at the latents: their targets, or in a second stage what the policy makes "
+        "there itself (Mirage; ours is a reconstruction).",
+    )
+    tokens_per_patch: Count | Literal["all"] = Field(
+        default=1,
+        description="Latents for each frame pair of a span, each a mean of its tokens; all: every "
+        "token, the frames shrunk to policy.max_length for a span (Future-L1: 32).",
+    )
+    target_cache: RecipePath | None = Field(
+        default=None,
+        description="File that keeps the targets for later runs on the same rows; null: none.",
+    )
     imagine_share: Share | ImagineShare = Field(
         default=1.0,
         description="Probability that a row is taught with its latent spans; by a column of the "
@@ -255,3 +292,7 @@ class SFTSection(TrainSection):
     @property
     def rows_per_step(self) -> int:
         return self.batch_size
+
+    def arguments(self) -> dict[str, Any]:
+        cache = self.target_cache
+        return super().arguments() | {"target_cache": None if cache is None else str(cache)}

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
@@ -22,8 +22,11 @@ import torch
 from transformers.processing_utils import ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
-from rl.data.video import probe, read_clip, uniform_indices
-from rl.errors import DataError, PolicyError, RecipeError, VideoError
+from rl.data.decoding import Clip
+from rl.data.frames import FrameRule, resolve_frames, select_frames
+from rl.data.store import ByteCache, media_bytes
+from rl.data.video import TIMEOUT_S, describe, find_clip, read, read_ahead
+from rl.errors import DataError, PolicyError, VideoError
 from rl.interfaces import Media
 from rl.trajectory import MediaKey, Sample
 
@@ -41,37 +44,51 @@ class MediaProcessor:
     """Wraps the processor of a video-language model (Qwen3-VL, Qwen3.5, Qwen2.5-VL and others built
     like them).
 
-    `default_frames` is how many frames, spread evenly, a sample without `frames` shows.
-    `system_prompt` opens every prompt if given. `fingerprint` names the pixel settings: processors
-    with the same one give the same tensors; the tokenizer is no part of it. Raises `PolicyError`
-    for a processor that takes no videos.
+    `frames` says which frames a sample shows that lists none. `system_prompt` opens every prompt if
+    given. A reader may take `decode_timeout_s` seconds over a clip. `fingerprint` names the pixel
+    settings: processors with the same one give the same tensors; the tokenizer is no part of it.
+    Raises `PolicyError` for a processor that takes no videos.
     """
 
     def __init__(
-        self, processor: Any, *, default_frames: int = 8, system_prompt: str | None = None
+        self,
+        processor: Any,
+        frames: FrameRule = FrameRule(),
+        *,
+        system_prompt: str | None = None,
+        decode_timeout_s: float = TIMEOUT_S,
     ) -> None:
         _require_video(processor)
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.default_frames = default_frames
+        self.frames = frames
         self.system_prompt = system_prompt
+        self.decode_timeout_s = decode_timeout_s
         self.temporal_patch_size = int(processor.video_processor.temporal_patch_size)
         self.merge_size = int(processor.video_processor.merge_size)
         self.fingerprint = _fingerprint(processor)
 
     def key(self, sample: Sample, frames: Sequence[int] | None = None) -> MediaKey:
-        """The key of a sample's clip: of `frames` if given, else of the frames it lists, else
-        evenly spread ones.
+        """The key of a sample's clip: of `frames`, written as in its row, if given, else of those
+        that `rl.data.frames.select_frames` shows of it.
 
-        Only the last case opens the file. Raises `VideoError`.
+        Frames of the file that the row lists are not compared with it before the clip is processed.
+        Raises `VideoError`.
         """
-        indices = tuple(frames) if frames is not None else sample.frames
-        if not indices:
-            indices = uniform_indices(probe(sample.video).frames, self.default_frames)
-        return MediaKey(sample.video, indices, self.fingerprint)
+        clip = find_clip(sample.video, sample.images)
+        shown = sample.frames if frames is None else tuple(frames)
+        if not shown or sample.pool:
+            info = describe(clip, self.decode_timeout_s)
+            if frames is not None:
+                shown = resolve_frames(sample, info, frames)
+            else:
+                shown = select_frames(sample, info, self.frames)
+        return MediaKey(sample.video, shown, self.fingerprint, clip.files, clip.content)
 
-    def process(self, key: MediaKey) -> Media:
-        """Decode and process one clip. Raises `VideoError`, which names the file.
+    def process(self, key: MediaKey, ahead: MediaKey | None = None) -> Media:
+        """Decode and process one clip, and meanwhile decode `ahead`, if that is the next one.
+
+        Raises `VideoError`, which names the file, also where it changed since the key was made.
 
         Frames are shown in the order of the key, but always under ascending times: Qwen3-VL writes
         them into the prompt, where they would give away the order that shuffled frames hide.
@@ -81,37 +98,48 @@ class MediaProcessor:
                 f"{key.path}: the key was made by processor {key.processor}, this one is "
                 f"{self.fingerprint}; use the same processor files for rollouts and training"
             )
-        frames, info = read_clip(key.path, key.frames)
+        frames, info = read(_clip(key), key.frames, self.decode_timeout_s)
+        if ahead is not None:
+            with suppress(VideoError):  # which comes up again when it is its turn
+                read_ahead(_clip(ahead), ahead.frames)
+        shown = key.frames
+        if len(shown) == 1:
+            # A still picture: like these families' own, shown as long as a patch takes.
+            shown, frames = (
+                shown * self.temporal_patch_size,
+                np.repeat(frames, self.temporal_patch_size, axis=0),
+            )
+        times = sorted(info.positions(shown))
         try:
-            inputs = self.process_frames([frames], info.fps, [key.frames])
-        except ValueError as error:  # too few frames for a patch, or too long and narrow
+            inputs = self.process_frames([frames], info.fps, [times])
+        except ValueError as error:  # too long and narrow
             raise VideoError(
                 f"{key.path}: {type(self.processor.video_processor).__name__} refuses "
-                f"{len(key.frames)} frames of {info.height}x{info.width} pixels ({error}); show "
-                "more frames or re-encode the video"
+                f"{len(key.frames)} frames of {info.height}x{info.width} pixels ({error}); "
+                "re-encode the video"
             ) from error
-        times = sorted(key.frames)
+        shown_at: Any = list(times)  # a fresh list: the processor pads it in place
         metadata = VideoMetadata(
-            total_num_frames=info.frames,
-            fps=info.fps,
-            frames_indices=list(times),  # a fresh list: the processor pads it in place
+            total_num_frames=info.frames, fps=info.fps, frames_indices=shown_at
         )
         placeholder = self.processor.replace_video_token(
             {"video_grid_thw": inputs["video_grid_thw"], "video_metadata": [metadata]}, 0
         )
-        return Media(key, inputs, placeholder, tuple(i / info.fps for i in times))
+        moments = sorted(info.positions(key.frames))
+        return Media(key, inputs, placeholder, tuple(i / info.fps for i in moments))
 
     def process_frames(
         self,
         frames: np.ndarray | Sequence[np.ndarray],
         fps: float | Sequence[float],
-        indices: Sequence[Sequence[int]],
+        indices: Sequence[Sequence[float]],
     ) -> dict[str, torch.Tensor]:
         """Process B decoded clips at once; those of equal shape go through the processor as one
         tensor.
 
         `frames` are uint8 [B, T, H, W, 3] or B arrays [T, H, W, 3], `fps` the rate of their files
-        (one for all, or one each), `indices` the frame numbers of each. Returns
+        (one for all, or one each), `indices` the frame numbers of each, or where its frames are in
+        time, in units of that rate. Returns
         `pixel_values_videos` float32 [N, D] (the patches of all clips, one after the other),
         `video_grid_thw` int64 [B, 3] and, where the family takes it, `second_per_grid_ts` float32
         [B]. Clips whose sizes the processor must change may come out larger or smaller than within
@@ -180,26 +208,20 @@ class MediaProcessor:
 
 
 class LocalMedia:
-    """A `MediaSource` that processes clips in this process and keeps the `capacity` last used
-    ones.
+    """A `MediaSource` that processes clips in this process and keeps the last used ones, up to
+    `gigabytes` together.
     """
 
-    def __init__(self, processor: MediaProcessor, capacity: int) -> None:
-        if capacity < 1:
-            raise RecipeError(f"the media cache holds {capacity} clips; it must hold at least 1")
+    def __init__(self, processor: MediaProcessor, gigabytes: float = 4.0) -> None:
         self.processor = processor
-        self.capacity = capacity
-        self._clips: OrderedDict[MediaKey, Media] = OrderedDict()
+        self._clips: ByteCache[Media] = ByteCache(gigabytes)
 
     def get(self, key: MediaKey) -> Media:
-        """The clip of `key`, from the cache or the file. Raises `VideoError`."""
+        """The clip of `key`, from memory or the file. Raises `VideoError`."""
         media = self._clips.get(key)
         if media is None:
-            media = self._clips[key] = self.processor.process(key)
-            if len(self._clips) > self.capacity:
-                self._clips.popitem(last=False)
-        else:
-            self._clips.move_to_end(key)
+            media = self.processor.process(key)
+            self._clips.put(key, media, media_bytes(media))
         return media
 
     def __len__(self) -> int:
@@ -224,7 +246,7 @@ def question_text(sample: Sample) -> str:
     )
 
 
-def _spacing(indices: Sequence[int]) -> float:
+def _spacing(indices: Sequence[float]) -> float:
     """Mean distance of the frames shown, in frames of the file.
 
     transformers divides the length of the whole file by the number of frames shown. That is the
@@ -232,6 +254,19 @@ def _spacing(indices: Sequence[int]) -> float:
     The order of the frames does not matter.
     """
     return (max(indices) - min(indices)) / (len(indices) - 1) if len(indices) > 1 else 1.0
+
+
+def _clip(key: MediaKey) -> Clip:
+    """The clip of a key, if its files still hold what they did when the key was made."""
+    if not key.content:
+        return find_clip(key.path, key.files)
+    clip = find_clip(key.path, () if key.files == (key.path,) else key.files)
+    if clip.content != key.content:
+        raise VideoError(
+            f"{key.path}: the file changed while it was in use; leave the files of a run alone, or "
+            "start again"
+        )
+    return clip
 
 
 def _require_video(processor: Any) -> None:

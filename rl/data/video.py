@@ -1,138 +1,205 @@
-"""Frames out of video files, through decord. This is the one place that meets its errors."""
+"""Clips: what they hold, and their frames. Everything that decodes does so in a process of its own.
+
+That process (`rl.data.readers`) is started, not forked, at the first clip and serves all that
+follow. One that does not answer in time is killed, and so is one that crashed, that has served
+many clips or has grown large: decord leaks. Frames come back through shared memory. decord reads
+videos; what it cannot read, PyAV tries; Pillow reads images.
+"""
 
 from __future__ import annotations
 
-import math
+import hashlib
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import stat
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
-import decord
 import numpy as np
 
-from rl.errors import DataError, VideoError
+from rl.data.decoding import Clip, decoder
+from rl.data.readers import VideoInfo
+from rl.errors import FrameError, VideoError
 
-# What FFmpeg would print about a broken file comes back to the user as a VideoError that names it.
-decord.logging.set_level(decord.logging.QUIET)
+TIMEOUT_S = 60.0  # for one clip
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
-_REMEDY = "check that it plays, re-encode it as H.264 MP4, or remove its rows from the manifest"
+_BLOCK = 1 << 14  # bytes of a file that go into its fingerprint, at its start, middle and end
+_REMEMBERED = 1 << 16  # descriptions of clips
 
 
-@dataclass(frozen=True)
-class VideoInfo:
-    """What a file says about itself: number of frames, frames a second, and their size in
-    pixels.
+def find_clip(path: str | Path, images: Sequence[str] = ()) -> Clip:
+    """The clip in a video file, an image file or a folder of images, or made of `images`.
+
+    The fingerprint is of the files' sizes and some of their blocks: it is cheap, and notices that
+    a file was replaced or rewritten. Raises `VideoError` for a file that is missing or empty.
     """
+    name, files = str(path), tuple(images)
+    if not files and os.path.isdir(name):
+        files = _images_in(name)
+    marks = [(file, _stat(name, file)) for file in files or (name,)]
+    if not files and name.lower().endswith(IMAGE_SUFFIXES):
+        files = (name,)
+    found = _contents.get((name, files), marks)
+    if found is None:
+        digest = hashlib.blake2b(digest_size=12)
+        for file, (_, size) in marks:
+            digest.update(size.to_bytes(8, "big"))
+            for block in _blocks(name, file, size):
+                digest.update(block)
+        found = digest.hexdigest()
+        _contents.put((name, files), marks, found)
+    return Clip(name, files, found)
 
-    frames: int
-    fps: float
-    height: int
-    width: int
 
-    @property
-    def seconds(self) -> float:
-        return self.frames / self.fps
+def probe(
+    path: str | Path, *, images: Sequence[str] = (), timeout_s: float = TIMEOUT_S
+) -> VideoInfo:
+    """What a clip says about itself. Raises `VideoError` as `read_clip` does."""
+    return describe(find_clip(path, images), timeout_s)
 
 
-def probe(path: str | Path) -> VideoInfo:
-    """Open the file and decode its first frame. Raises `VideoError` as `read_clip` does."""
-    _, info, _ = _open(path)
+def describe(clip: Clip, timeout_s: float = TIMEOUT_S) -> VideoInfo:
+    """What a clip says about itself; a clip that did not change is opened once."""
+    info = _infos.get((clip.path, clip.files), clip.content)
+    if info is None:
+        _, info = decoder().read(clip, (), True, timeout_s)
+        assert info is not None
+        _infos.put((clip.path, clip.files), clip.content, info)
     return info
 
 
-def read_frames(path: str | Path, indices: Sequence[int]) -> np.ndarray:
-    """The frames at `indices`, in that order: uint8 [T, H, W, 3]. Raises `VideoError` as
-    `read_clip` does.
+def read_frames(path: str | Path, indices: Sequence[int], **options: Any) -> np.ndarray:
+    """The frames at `indices`, in that order: uint8 [T, H, W, 3]. `options` and errors are those of
+    `read_clip`.
     """
-    return read_clip(path, indices)[0]
+    return read_clip(path, indices, **options)[0]
 
 
-def read_clip(path: str | Path, indices: Sequence[int]) -> tuple[np.ndarray, VideoInfo]:
-    """The frames at `indices`, uint8 [T, H, W, 3] in RGB, and what the file says about itself.
+def read_clip(
+    path: str | Path,
+    indices: Sequence[int],
+    *,
+    images: Sequence[str] = (),
+    timeout_s: float = TIMEOUT_S,
+) -> tuple[np.ndarray, VideoInfo]:
+    """The frames at `indices`, uint8 [T, H, W, 3] in RGB, and what the clip says about itself.
 
     Raises `VideoError`, which names the file, if it is missing, empty, no video, truncated or
-    without frames, and if an index lies outside of it.
+    without frames, `FrameError` if an index lies outside of it, and `VideoTimeoutError` if a reader
+    takes longer than `timeout_s` seconds.
     """
-    reader, info, padded = _open(path)
-    if not indices:
-        raise VideoError(f"{path}: no frames were asked for; give at least one frame index")
-    if outside := [i for i in indices if not 0 <= i < info.frames]:
-        raise VideoError(
-            f"{path}: frame {outside[0]} was asked for, but the video has {info.frames} frames (0 "
-            f"to {info.frames - 1}); correct the row's `frames` or `imagine`"
+    return read(find_clip(path, images), indices, timeout_s)
+
+
+def read(
+    clip: Clip, indices: Sequence[int], timeout_s: float = TIMEOUT_S
+) -> tuple[np.ndarray, VideoInfo]:
+    """`read_clip` of a clip that was found."""
+    wanted = tuple(int(i) for i in indices)
+    if not wanted:
+        raise FrameError(f"{clip.path}: no frames were asked for; give at least one frame index")
+    frames, info = None, _infos.get((clip.path, clip.files), clip.content)
+    if info is None:
+        frames, info = decoder().read(clip, wanted, True, timeout_s)
+        assert info is not None
+        _infos.put((clip.path, clip.files), clip.content, info)
+    if outside := [i for i in wanted if not 0 <= i < info.frames]:
+        raise FrameError(
+            f"{clip.path}: frame {outside[0]} was asked for, but the video has {info.frames} "
+            f"frames (0 to {info.frames - 1}); correct the row's `frames` or `imagine`"
         )
-    try:
-        if padded:
-            frames = np.stack([_unpad(reader[int(i)].asnumpy()) for i in indices])
-        else:
-            frames = reader.get_batch([int(i) for i in indices]).asnumpy()
-    except (decord.DECORDError, RuntimeError) as error:
-        raise VideoError(
-            f"{path}: decoding stopped among frames {min(indices)} to {max(indices)} of "
-            f"{info.frames}; the file is truncated or damaged; {_REMEDY} ({_first_line(error)})"
-        ) from error
+    if frames is None:
+        frames, _ = decoder().read(clip, wanted, False, timeout_s)
+        assert frames is not None
     return frames, info
 
 
-def uniform_indices(total: int, count: int) -> tuple[int, ...]:
-    """`count` frame indices spread evenly over a video of `total` frames, the first and the last
-    among them.
-
-    That is ``round(i · (total - 1) / (count - 1))``, Qwen3-VL's own rule; one index is the middle
-    frame, and a video shorter than `count` gives all its frames. Rows that list their `frames` do
-    not come here.
+def read_ahead(clip: Clip, indices: Sequence[int]) -> None:
+    """Begin to decode what `read` will be asked for next, while this process does something else.
+    Problems come up there.
     """
-    if total < 1 or count < 1:
-        raise DataError(
-            f"cannot take {count} frames of a video with {total}; both must be at least 1"
-        )
-    if count == 1:
-        return ((total - 1) // 2,)
-    return tuple(int(i) for i in np.linspace(0, total - 1, min(count, total)).round())
+    unknown = _infos.get((clip.path, clip.files), clip.content) is None
+    decoder().begin(clip, tuple(int(i) for i in indices), unknown)
 
 
-def _open(path: str | Path) -> tuple[decord.VideoReader, VideoInfo, bool]:
-    """A reader, the file's description, and whether its frames come padded (see `_unpad`)."""
-    file = Path(path)
-    if not file.is_file():
-        what = "a folder, not a video file" if file.is_dir() else "no such video file"
-        raise VideoError(f"{path}: {what}; correct the path in the manifest")
-    if file.stat().st_size == 0:
-        raise VideoError(f"{path}: the file is empty (0 bytes); copy or download it again")
+def read_each(
+    paths: Iterable[str | Path], indices: Sequence[int], timeout_s: float = TIMEOUT_S
+) -> Iterator[np.ndarray]:
+    """The same frames of many clips, one after the other: uint8 [T, H, W, 3]. The next one is
+    decoded while this process is busy with the last. Errors are those of `read_clip`.
+    """
+    paths = list(paths)
+    for path, behind in zip_longest(paths, paths[1:]):
+        frames, _ = read(find_clip(path), indices, timeout_s)
+        if behind is not None:
+            with suppress(VideoError):  # which comes up again when it is its turn
+                read_ahead(find_clip(behind), indices)
+        yield frames
+
+
+# -- what is remembered of files -------------------------------------------------------------------
+
+
+class _Remembered:
+    """Values by name, each valid as long as its mark is."""
+
+    def __init__(self) -> None:
+        self._values: OrderedDict[Any, tuple[Any, Any]] = OrderedDict()
+
+    def get(self, name: Any, mark: Any) -> Any:
+        known, value = self._values.get(name, (None, None))
+        return value if known == mark else None
+
+    def put(self, name: Any, mark: Any, value: Any) -> None:
+        self._values[name] = mark, value
+        self._values.move_to_end(name)
+        if len(self._values) > _REMEMBERED:
+            self._values.popitem(last=False)
+
+
+_contents = _Remembered()
+_infos = _Remembered()
+
+
+def _stat(name: str, file: str) -> tuple[int, int]:
+    """When a file was changed, and its size."""
+    which = name if file == name else f"{name}: the image {file}"
     try:
-        # One thread: workers decode side by side, and more threads only fight over the cores.
-        reader = decord.VideoReader(str(file), num_threads=1)
-        frames = len(reader)
-        first = reader[0].asnumpy() if frames else None
-    except (decord.DECORDError, RuntimeError) as error:
+        found = os.stat(file)
+    except (OSError, ValueError) as error:
         raise VideoError(
-            f"{path}: not a video that can be decoded (no video stream, truncated, or another kind "
-            f"of file); {_REMEDY} ({_first_line(error)})"
+            f"{which}: no such video file; correct the path in the manifest"
         ) from error
-    if first is None:
-        raise VideoError(f"{path}: the video has 0 frames; {_REMEDY}")
-    fps = float(reader.get_avg_fps())
-    if not (math.isfinite(fps) and fps > 0):
+    if not stat.S_ISREG(found.st_mode):
+        raise VideoError(f"{which}: not a regular file; correct the path in the manifest")
+    if not found.st_size:
+        raise VideoError(f"{which}: the file is empty (0 bytes); copy or download it again")
+    return found.st_mtime_ns, found.st_size
+
+
+def _blocks(name: str, file: str, size: int) -> list[bytes]:
+    starts = {0, max(0, size // 2 - _BLOCK // 2), max(0, size - _BLOCK)}
+    try:
+        with open(file, "rb", buffering=0) as opened:
+            return [os.pread(opened.fileno(), _BLOCK, start) for start in sorted(starts)]
+    except OSError as error:
         raise VideoError(
-            f"{path}: the file gives {fps} frames a second, so its frames have no times; {_REMEDY}"
+            f"{name}: {file} cannot be read ({error.strerror}); check its permissions"
+        ) from error
+
+
+def _images_in(folder: str) -> tuple[str, ...]:
+    """The images in a folder, those with numbers in the order of the numbers."""
+    names = [n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES)]
+    if not names:
+        raise VideoError(
+            f"{folder}: a folder, not a video file, and one without images; correct the path in "
+            f"the manifest, or put images in it ({', '.join(IMAGE_SUFFIXES)})"
         )
-    height, width, channels = first.shape
-    return reader, VideoInfo(frames, fps, height, width), channels != 3
-
-
-def _unpad(frame: np.ndarray) -> np.ndarray:
-    """Undo decord's reading of line padding as channels: [H, W, >3] to [H, W, 3].
-
-    decord 0.6 takes the bytes of a line over its width for the number of channels. Lines are
-    padded, and in videos narrower than 64 pixels (16, 24 or 48, say) the padding fills a "fourth
-    channel"; its batch reader fails on them.
-    """
-    height, width, _ = frame.shape
-    return frame.reshape(height, -1)[:, : width * 3].reshape(height, width, 3)
-
-
-def _first_line(error: Exception) -> str:
-    """decord's message without its times, source lines and stack."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return re.sub(r"\[[\d:]+\] \S+:\d+: ", "", line)[:160]
+    parts = {n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)] for n in names}
+    return tuple(os.path.join(folder, name) for name in sorted(names, key=parts.__getitem__))

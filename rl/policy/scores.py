@@ -38,6 +38,9 @@ class ScoreSlots:
     kept: torch.Tensor
     latent_rows: torch.Tensor  # int64 [L], which hidden state gives each latent's mean
     most_kept: int  # the largest of `kept`: a number, so that no pass waits for it
+    # Every slot an ordinary choice among the whole vocabulary, nothing banned or cut off: what the
+    # published baseline scores (`rl.published`).
+    plain: bool = False
 
     def to(self, device: torch.device | str) -> ScoreSlots:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -178,7 +181,7 @@ def score_slots(
     """
     flat = hidden.flatten(0, 1)
     rows = flat[slots.rows]
-    if type(lm_head) is torch.nn.Linear and slots.most_kept == 0:
+    if type(lm_head) is torch.nn.Linear and slots.most_kept == 0 and not slots.plain:
         choices = slots.ids, slots.kinds, slots.may_start, slots.temperature
         scored: tuple[torch.Tensor, torch.Tensor] = LinearScores.apply(  # type: ignore[assignment]
             rows, lm_head.weight, lm_head.bias, *choices, tokens, chunk
@@ -196,12 +199,15 @@ def _score_in_chunks(
     lm_head: Callable[[torch.Tensor], torch.Tensor],
     chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies [N] through any head, truncated or not."""
+    """Log-probs and entropies [N] through any head, truncated or not, plain or not."""
     to_logits = _FloatHead(lm_head) if type(lm_head) is torch.nn.Linear else lm_head
 
     def score_chunk(rows: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         ids, kept = slots.ids[part], slots.kept[part]
         logits = to_logits(rows).float() / slots.temperature[part, None]
+        if slots.plain:
+            whole = torch.log_softmax(logits, -1)
+            return whole.gather(1, ids[:, None])[:, 0], _entropy(whole).detach()
         is_text = slots.kinds[part] == Slot.TOKEN
         text = torch.log_softmax(text_logits(logits, slots.may_start[part], tokens), -1)
         end, more = end_logprobs(logits, tokens)

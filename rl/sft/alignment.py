@@ -51,3 +51,11 @@ def pool_frames(features: torch.Tensor, tokens_per_patch: int = 1) -> torch.Tens
     """
     pooled = torch.nn.functional.adaptive_avg_pool1d(features.transpose(1, 2), tokens_per_patch)
     return pooled.transpose(1, 2).flatten(0, 1)
+
+
+def neighbour_cosines(means: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Cosines [K] of the `means` [L, H] of latents that follow one another in the same span, where
+    their `rows` [L] in the sequence do. Near 1 all latents of a span say the same.
+    """
+    means = means.float()
+    return torch.nn.functional.cosine_similarity(means[1:], means[:-1], dim=-1)[rows.diff() == 1]

@@ -1,19 +1,26 @@
-"""Targets of latents: pooled features of future frames under the policy's own vision tower,
-computed once.
+"""Targets of latents: features of future frames under the policy's own vision tower and merger,
+without what DeepStack adds to deeper layers, computed once.
+
+Either the merged tokens of a temporal patch are averaged into a fixed number of latents, or each of
+them is a latent. How many these are depends on the shape of the frames, so lengths are read off the
+processed clips (`rl.sft.target_clips`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import torch
 
 from rl.data.media import MediaProcessor
+from rl.errors import VideoError
 from rl.policy.model import LatentPolicy
 from rl.sft.alignment import pool_frames, target_variance
+from rl.sft.target_clips import TargetClips, TokensPerPatch
 from rl.trajectory import Sample
 
 BATCH_PATCHES = (
@@ -21,18 +28,29 @@ BATCH_PATCHES = (
 )  # patches that go through the tower at the same time, unless one clip alone has more
 
 Progress = Callable[[int, int], object]  # called with (clips done, clips in all)
+OnBroken = Callable[[Sample, VideoError], object]  # called for a sample that cannot be read
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The targets of N samples in one tensor; sample i owns rows ``offsets[i]`` to ``offsets[i +
-    1]``.
-    """
+    """The targets of N samples in one tensor, sample after sample, span after span."""
 
     features: torch.Tensor  # float32 [L, H]
-    offsets: tuple[int, ...]  # [N + 1]
+    lengths: tuple[tuple[int, ...], ...]  # latents in each span of each sample; L in all
     mean: torch.Tensor  # [H]
     variance: float  # mean variance of a dimension; 1 where there are no two targets to differ
+
+    @classmethod
+    def of_features(cls, features: torch.Tensor, lengths: Sequence[Sequence[int]]) -> Targets:
+        """From features [L, H] and the lengths of each sample's spans."""
+        variance = target_variance(features) if len(features) > 1 else 0.0
+        spans = tuple(tuple(spans) for spans in lengths)
+        return cls(features, spans, features.mean(0), variance or 1.0)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """[N + 1]: sample i owns the rows from ``offsets[i]`` to ``offsets[i + 1]``."""
+        return tuple(accumulate(map(sum, self.lengths), initial=0))
 
     def of(self, index: int) -> torch.Tensor:
         """The targets [L_i, H] of sample `index`, span after span."""
@@ -45,48 +63,61 @@ def compute_targets(
     media: MediaProcessor,
     samples: Sequence[Sample],
     *,
-    tokens_per_patch: int = 1,
+    tokens_per_patch: TokensPerPatch = 1,
     progress: Progress | None = None,
+    on_broken: OnBroken | None = None,
 ) -> Targets:
-    """Features of all frames in the samples' `imagine`, through `policy`'s tower. Raises
-    `VideoError`.
+    """Features of all frames in the samples' `imagine`, through `policy`'s tower.
 
-    Each span is a clip of its own, as if it were shown to the model; only its pooled features are
-    kept.
+    Each span is a clip of its own, as if it were shown to the model; only its features are kept.
+    With `tokens_per_patch` "all" a span has at most the protocol's `max_length` of them. A sample
+    of which a clip cannot be read has no targets if `on_broken` takes its error; without one the
+    `VideoError` is raised.
     """
-    keys = [media.key(s, span) for s in samples for span in s.imagine]
+    clips = TargetClips(media, tokens_per_patch=tokens_per_patch, budget=policy.protocol.max_length)
     parts: list[torch.Tensor] = []
+    spans: list[int] = []  # of each sample
     waiting: list[dict[str, torch.Tensor]] = []
-    for number, key in enumerate(keys, start=1):
-        waiting.append(media.process(key).inputs)
-        patches = sum(len(clip["pixel_values_videos"]) for clip in waiting)
-        if patches >= BATCH_PATCHES or number == len(keys):
-            parts += _pooled(policy, media, waiting, tokens_per_patch)
+    done, total = 0, sum(len(s.imagine) for s in samples)
+    for sample in samples:
+        found = []
+        try:
+            for span in sample.imagine:
+                found.append(clips.clip(sample, span).inputs)
+                if progress is not None:
+                    progress(done + len(found), total)
+        except VideoError as error:
+            if on_broken is None:
+                raise
+            on_broken(sample, error)
+            found = []
+        waiting += found
+        spans.append(len(found))
+        done += len(sample.imagine)
+        if sum(len(clip["pixel_values_videos"]) for clip in waiting) >= BATCH_PATCHES:
+            parts += _features(policy, waiting, tokens_per_patch)
             waiting = []
-        if progress is not None:
-            progress(number, len(keys))
+    if waiting:
+        parts += _features(policy, waiting, tokens_per_patch)
     width = policy.config.get_text_config().hidden_size
     features = torch.cat(parts) if parts else torch.zeros(0, width)
     lengths = iter(len(part) for part in parts)
-    counts = (sum(next(lengths) for _ in s.imagine) for s in samples)
-    variance = target_variance(features) if len(features) > 1 else 0.0
-    return Targets(
-        features, tuple(accumulate(counts, initial=0)), features.mean(0), variance or 1.0
-    )
+    return Targets.of_features(features, [[next(lengths) for _ in range(n)] for n in spans])
 
 
-def _pooled(
-    policy: Any,
-    media: MediaProcessor,
-    clips: Sequence[dict[str, torch.Tensor]],
-    tokens_per_patch: int,
+def _features(
+    policy: Any, clips: Sequence[dict[str, torch.Tensor]], tokens_per_patch: TokensPerPatch
 ) -> list[torch.Tensor]:
+    """The targets [L_i, H] of each clip."""
     grid = torch.cat([clip["video_grid_thw"] for clip in clips])
     pixels = torch.cat([clip["pixel_values_videos"] for clip in clips])
     output = policy.get_video_features(
         pixels.to(policy.device, policy.dtype), grid.to(policy.device)
     )
-    return [
-        pool_frames(tokens.view(int(thw[0]), -1, tokens.shape[-1]), tokens_per_patch).float().cpu()
-        for tokens, thw in zip(output.pooler_output, grid, strict=True)
-    ]
+    found = []
+    for tokens, thw in zip(output.pooler_output, grid, strict=True):
+        if tokens_per_patch != "all":
+            patches = tokens.view(int(thw[0]), -1, tokens.shape[-1])
+            tokens = pool_frames(patches, tokens_per_patch)
+        found.append(tokens.float().cpu())
+    return found

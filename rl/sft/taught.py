@@ -17,14 +17,19 @@ import torch
 from rl.errors import DataError
 from rl.policy.model import LatentPolicy
 from rl.policy.protocol import LatentProtocol, LatentTokens
+from rl.sft.target_clips import TokensPerPatch
 from rl.trajectory import MediaKey, Sample, Sampling, Trajectory
 
 
 def span_lengths(
-    sample: Sample, protocol: LatentProtocol, *, temporal_patch_size: int, tokens_per_patch: int
+    sample: Sample,
+    protocol: LatentProtocol,
+    *,
+    temporal_patch_size: int,
+    tokens_per_patch: TokensPerPatch,
 ) -> tuple[int, ...]:
     """How many latents each span of `sample.imagine` takes: its temporal patches times
-    `tokens_per_patch`.
+    `tokens_per_patch`; with "all" the most it may take (`Targets.lengths` knows how many it does).
 
     Raises `DataError`, which names the sample, where the protocol does not allow them.
     """
@@ -37,16 +42,33 @@ def span_lengths(
     lengths = []
     for number, frames in enumerate(sample.imagine, start=1):
         patches = -(-len(frames) // temporal_patch_size)
-        lengths.append(patches * tokens_per_patch)
+        tokens = tokens_per_patch
+        if tokens == "all":
+            tokens = max(1, protocol.max_length // patches)
+        lengths.append(patches * tokens)
         if not protocol.min_length <= lengths[-1] <= protocol.max_length:
+            least = "at least " if tokens_per_patch == "all" else ""
             raise DataError(
                 f"{where}: span {number} of column 'imagine' has {len(frames)} frames, so "
-                f"{lengths[-1]} latents ({temporal_patch_size} frames a patch, {tokens_per_patch} "
+                f"{lengths[-1]} latents ({temporal_patch_size} frames a patch, {least}{tokens} "
                 f"latents a patch); the protocol allows {protocol.min_length} to "
                 f"{protocol.max_length}: list other frames, or change the protocol's min_length "
                 "and max_length or tokens_per_patch"
             )
     return tuple(lengths)
+
+
+def check_lengths(sample: Sample, lengths: Sequence[int], protocol: LatentProtocol) -> None:
+    """Raise a `DataError` where a span has fewer latents than the protocol's `min_length`, as its
+    frames are too small to have more tokens.
+    """
+    for number, length in enumerate(lengths, start=1):
+        if length < protocol.min_length:
+            raise DataError(
+                f"sample {sample.id!r}: the frames of span {number} of column 'imagine' have "
+                f"{length} merged tokens, the protocol's min_length is {protocol.min_length}; "
+                "lower it, or show larger frames"
+            )
 
 
 def completion_ids(

@@ -4,131 +4,82 @@ future frames.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from rich.progress import Progress
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from torch.nn.functional import cosine_similarity
+from transformers import Trainer, TrainerCallback, default_data_collator
 
 from rl.checkpoints import CompleteCheckpoints
+from rl.data.broken import BrokenClips, of_sample
 from rl.data.media import LocalMedia, MediaProcessor
-from rl.errors import DataError, ObjectiveError, PolicyError
+from rl.errors import PolicyError, VideoError
 from rl.interfaces import MediaSource
 from rl.policy.model import LatentPolicy
 from rl.policy.protocol import Slot
+from rl.policy.scores import Scores
 from rl.policy.vision import vision_tower
 from rl.scoring import ReplayBatch, collate
-from rl.sft.alignment import LatentLoss, latent_alignment_loss
+from rl.sft.alignment import latent_alignment_loss, neighbour_cosines
+from rl.sft.config import LatentSFTConfig, imagine_probability
+from rl.sft.own_latents import in_eval_mode, own_latents, seen_once
+from rl.sft.target_cache import cached_targets
 from rl.sft.targets import Targets, compute_targets
-from rl.sft.taught import completion_ids, span_lengths, taught_texts, taught_trajectory
+from rl.sft.taught import (
+    check_lengths,
+    completion_ids,
+    span_lengths,
+    taught_texts,
+    taught_trajectory,
+)
 from rl.trajectory import MediaKey, Sample, Trajectory
-
-
-@dataclass
-class LatentSFTConfig(TrainingArguments):
-    """`TrainingArguments` plus the latent term and which rows get a latent trace.
-
-    `imagine_share` is one probability for all rows, or one for each value of a manifest column,
-    written as ``{"column": "template", "shares": {"0": 0.75, "1": 0.30}}``. It is drawn anew in
-    each epoch.
-    """
-
-    latent_weight: float = field(
-        default=1.0, metadata={"help": "λ, weight of the latent term beside the cross-entropy."}
-    )
-    latent_loss: LatentLoss = field(
-        default="mse", metadata={"help": "mse (divided by the targets' variance) or cosine."}
-    )
-    tokens_per_patch: int = field(
-        default=1, metadata={"help": "Latents for each temporal patch of a span."}
-    )
-    imagine_share: Any = field(
-        default=1.0, metadata={"help": "Probability that a row is taught with its latent spans."}
-    )
-    answer_template: str = field(
-        default="<answer>{answer}</answer>", metadata={"help": "The text of a final answer."}
-    )
-    reasoning_template: str = field(
-        default="<reason>{reasoning}</reason>",
-        metadata={"help": "The text of a piece of reasoning around latent spans."},
-    )
-    freeze_vision: bool = field(
-        default=True, metadata={"help": "Whether the vision tower is left as it is."}
-    )
-    start_at_mean: bool = field(
-        default=False,
-        metadata={
-            "help": "Let the latent head begin by predicting the mean target. For new heads."
-        },
-    )
-    media_cache: int = field(
-        default=4096, metadata={"help": "Processed clips kept in memory, for prompts."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Leave it: rows are samples, not columns of tensors."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.latent_weight < 0:
-            raise ObjectiveError(f"latent_weight is {self.latent_weight}; it must be at least 0")
-        if self.latent_loss not in get_args(LatentLoss):
-            raise ObjectiveError(
-                f"latent_loss is {self.latent_loss!r}; choose one of {get_args(LatentLoss)}"
-            )
-        if self.tokens_per_patch < 1:
-            raise ObjectiveError(
-                f"tokens_per_patch is {self.tokens_per_patch}; it must be at least 1"
-            )
-        shares = self.imagine_share
-        if isinstance(shares, dict):
-            if shares.keys() != {"column", "shares"}:
-                raise ObjectiveError(
-                    f"imagine_share has the keys {sorted(shares)}; give 'column' and 'shares', or "
-                    "one number"
-                )
-            shares = shares["shares"].values()
-        for share in shares if not isinstance(shares, int | float) else [shares]:
-            if not 0.0 <= share <= 1.0:
-                raise ObjectiveError(f"imagine_share holds {share}; shares are between 0 and 1")
-
-
-def imagine_probability(sample: Sample, share: float | dict[str, Any]) -> float:
-    """The probability with which `sample` is taught with its spans (see `LatentSFTConfig`)."""
-    if not isinstance(share, dict):
-        return float(share)
-    column = share["column"]
-    value = str(sample.extra.get(column))
-    if value not in share["shares"]:
-        raise DataError(
-            f"sample {sample.id!r}: column {column!r} is {value}, and imagine_share has no share "
-            f"for it (it has: {', '.join(share['shares'])}); add one or correct the row"
-        )
-    return float(share["shares"][value])
 
 
 class LatentSFTTrainer(Trainer):
     """Teaches a `LatentPolicy` the latent spans and answers of manifest rows.
 
-    Latents are teacher-forced: the pooled features of the frames in `Sample.imagine`, computed once
-    before training with the tower as it then is, are both fed and aimed at. `targets` from an
-    earlier stage with the same tower and samples spare that. Clips of the prompts come from
-    `source`, by default a cache of `args.media_cache` clips. An update's loss is the mean over all
-    decided positions of its rows plus λ times the mean over all their latents, however the rows
-    are cut into micro-batches. Logs `loss_text` (cross-entropy), `loss_latent` (before its weight)
-    and `imagined` (share of rows with spans) beside `loss`, as means over the updates since the
-    last log; updates without latents do not count in `loss_latent`. Each checkpoint is a
-    policy that `load_policy` reads. Raises `DataError` for rows whose spans the protocol does not
-    allow.
+    The features of the frames in `Sample.imagine` are computed once before training, with the tower
+    as it then is, or read from `args.target_cache`; `targets` from an earlier stage with the same
+    tower and samples spare that. They are what the means of latents are aimed at, and with
+    ``latents="teacher"`` also what is fed at them. With "own" that is what the policy makes there
+    by itself (`rl.sft.own_latents`). Clips of the prompts come from `source`, by default a cache of
+    `args.media_cache_gb`. An update's loss is the mean over all decided positions of its rows
+    plus λ times the mean over all their latents, however the rows are cut into micro-batches.
+
+    Logs beside `loss`, as means over the updates since the last log: `loss_text` (cross-entropy),
+    `loss_latent` (before its weight; updates without latents do not count) and `imagined` (share of
+    rows with spans); as means over latents `latent_cosine` (of means and targets) and
+    `latent_neighbours` (of means that follow one another in a span); and `own_passes`, the passes
+    that own latents take a micro-batch. `broken` says what becomes of rows whose clips cannot be
+    read, which `bad_videos` counts: they stop the run, are skipped (an update is then of fewer
+    rows, but at least one a micro-batch), or others take their places. Each checkpoint is a policy
+    that `load_policy` reads. `tell` gets what is to be said. Raises `DataError` for rows whose
+    spans the protocol does not allow.
+
+    It extends `transformers.Trainer`: TRL's `SFTTrainer` would tokenise, mask, truncate and pack
+    texts itself, and score labels over the whole vocabulary, where our rows are laid out
+    trajectories whose decisions and latents the replay of RL scores.
     """
 
     args: LatentSFTConfig
+
+    # All of them on every rank, in this order: a sum over ranks waits for each of them.
+    _LOGGED = (
+        "loss_text",
+        "loss_latent",
+        "imagined",
+        "latent_cosine",
+        "latent_neighbours",
+        "own_passes",
+    )
 
     def __init__(
         self,
@@ -140,12 +91,16 @@ class LatentSFTTrainer(Trainer):
         source: MediaSource | None = None,
         targets: Targets | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        broken: BrokenClips | None = None,
+        tell: Callable[[str], object] = print,
         **kwargs: Any,
     ) -> None:
         self.samples = list(train_dataset)
         self.media = media
-        self.source = LocalMedia(media, args.media_cache) if source is None else source
+        self.source = LocalMedia(media, args.media_cache_gb) if source is None else source
         self.targets = targets
+        self._broken = BrokenClips() if broken is None else broken
+        self._tell = tell
         # Looked up once: telling a PEFT model costs milliseconds.
         self.policy: LatentPolicy = model.get_base_model() if is_peft_model(model) else model
         self._lengths = [
@@ -161,8 +116,9 @@ class LatentSFTTrainer(Trainer):
         self._eos = _end_of_sequence(self.policy, media.tokenizer)
         self._prompts: dict[int, tuple[np.ndarray, MediaKey]] = {}
         self._completions: dict[tuple[int, bool], tuple[np.ndarray, int]] = {}
+        # Since the last log: sums of what is logged, and over how many each is a mean.
         self._sums: dict[str, torch.Tensor | float] = defaultdict(float)
-        self._updates: Counter[str] = Counter()  # since the last log, for each entry of `_sums`
+        self._counts: dict[str, torch.Tensor | float] = defaultdict(float)
         if args.freeze_vision:
             vision_tower(self.policy).requires_grad_(False)
         rows: Any = [{"index": i} for i in range(len(self.samples))]
@@ -180,20 +136,29 @@ class LatentSFTTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the targets if need be, then train as `transformers.Trainer` does."""
+        """Find the targets if need be, then train as `transformers.Trainer` does."""
         if self.targets is None:
-            with Progress(disable=bool(self.args.disable_tqdm)) as bar:
-                task = bar.add_task("features of future frames", total=None)
-                self.targets = compute_targets(
-                    self.policy,
-                    self.media,
-                    self.samples,
-                    tokens_per_patch=self.args.tokens_per_patch,
-                    progress=lambda done, total: bar.update(task, completed=done, total=total),
-                )
-        if self.args.start_at_mean:
+            self.targets = self._find_targets()
+        self._lengths = list(self.targets.lengths)
+        for sample, lengths in zip(self.samples, self._lengths, strict=True):
+            check_lengths(sample, lengths, self.policy.protocol)
+        if self.args.start_at_mean and len(self.targets.features):
             start_head_at(self.policy.latent_head, self.targets.mean)
         return super().train(*args, **kwargs)
+
+    def _find_targets(self) -> Targets:
+        args = self.args
+        with Progress(disable=bool(args.disable_tqdm)) as bar:
+            task = bar.add_task("features of future frames", total=None)
+            asked: dict[str, Any] = {
+                "tokens_per_patch": args.tokens_per_patch,
+                "progress": lambda done, total: bar.update(task, completed=done, total=total),
+                "on_broken": self._lose,
+            }
+            given = self.policy, self.media, self.samples
+            if args.target_cache is None:
+                return compute_targets(*given, **asked)
+            return cached_targets(Path(args.target_cache), *given, **asked, tell=self._tell)
 
     # -- from indices to tensors -------------------------------------------------------------------
 
@@ -238,10 +203,52 @@ class LatentSFTTrainer(Trainer):
             self._completions[index, imagines] = ids, int((slots != Slot.FORCED).sum())
         return self._completions[index, imagines]
 
+    def _readable(self, batch: dict[str, Any], place: int) -> dict[str, Any]:
+        """A micro-batch, the `place`-th of this update, without the rows that cannot be shown, or
+        with others for them. Which others is a function of the seed, the update and the place.
+        """
+        if self._broken.rule == "stop":
+            return batch
+        rows: list[int] = batch["index"].tolist()
+        shown = [i for i in rows if self._shows(i)]
+        missing = len(rows) - len(shown) if self._broken.rule == "replace" else int(not shown)
+        seed = self.args.seed, self.state.global_step, place, self.args.process_index
+        others = iter(np.random.default_rng(seed).permutation(len(self.samples)).tolist())
+        for _ in range(missing):
+            other = next((i for i in others if i not in shown and self._shows(i)), None)
+            if other is None and not shown:
+                last = self._broken.rows[-1]["reason"]
+                raise VideoError(
+                    f"no clip of {len(self.samples)} rows can be shown; check data.video_root and "
+                    f"the files. The last: {last}"
+                )
+            shown += [] if other is None else [other]
+        return {**batch, "index": torch.tensor(shown)}
+
+    def _shows(self, index: int) -> bool:
+        """Whether all clips of a sample can be read."""
+        sample = self.samples[index]
+        if sample.id not in self._broken:
+            try:
+                self._prompt(index)
+            except VideoError as error:
+                self._broken.add(sample, error)
+        return sample.id not in self._broken
+
+    def _lose(self, sample: Sample, error: VideoError) -> None:
+        """Remember that a sample has no targets; raise its error where that stops the run."""
+        named = of_sample(sample, error)
+        if self._broken.rule == "stop":
+            raise named from error
+        self._broken.add(sample, named)
+
     def _prompt(self, index: int) -> tuple[np.ndarray, MediaKey]:
         if index not in self._prompts:
             sample = self.samples[index]
-            clip = self.source.get(self.media.key(sample))
+            try:
+                clip = self.source.get(self.media.key(sample))
+            except VideoError as error:
+                raise of_sample(sample, error) from error
             self._prompts[index] = self.media.encode(sample, [clip]).input_ids, clip.key
         return self._prompts[index]
 
@@ -254,6 +261,7 @@ class LatentSFTTrainer(Trainer):
         positions were decided and how many latents there are: int64 [2], on the CPU.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [self._readable(batch, place) for place, batch in enumerate(batches)]
         rows = [(i, self._imagines(i)) for batch in batches for i in batch["index"].tolist()]
         totals = torch.tensor(
             [
@@ -266,7 +274,8 @@ class LatentSFTTrainer(Trainer):
         totals = self._over_ranks(totals, "sum")
         _, latents, imagining, count = totals.tolist()
         self._sums["imagined"] += imagining / count
-        self._updates.update(["loss_text", "imagined"] + ["loss_latent"] * (latents > 0))
+        for name in ["loss_text", "imagined"] + ["loss_latent"] * (latents > 0):
+            self._counts[name] += 1
         return batches, totals[:2]
 
     def compute_loss(
@@ -286,7 +295,7 @@ class LatentSFTTrainer(Trainer):
         assert self.targets is not None and isinstance(num_items_in_batch, torch.Tensor)
         decided, latents = num_items_in_batch.tolist()
         ranks = self.accelerator.num_processes  # whose gradients are averaged, not added
-        scores = model(**batch.inputs)
+        scores = self._score(model, batch)
         text = -scores.logprobs.sum() * (ranks / decided)
         latent = latent_alignment_loss(
             scores.means,
@@ -296,16 +305,51 @@ class LatentSFTTrainer(Trainer):
         ) * (ranks * sum(batch.latent_counts) / max(latents, 1))
         self._sums["loss_text"] += text.detach()
         self._sums["loss_latent"] += latent.detach()
+        self._watch(batch, scores)
         loss = text + self.args.latent_weight * latent
         return (loss, scores) if return_outputs else loss
 
+    def _score(self, model: nn.Module, batch: ReplayBatch) -> Scores:
+        """The scores of a batch, with the latents fed that `args.latents` says."""
+        if self.args.latents == "teacher":
+            return model(**batch.inputs)
+        tower = vision_tower(self.policy)
+        frozen = not any(weight.requires_grad for weight in tower.parameters())
+        with seen_once(tower) if frozen else nullcontext():
+            with in_eval_mode(model), seen_once(tower):
+                batch, passes = own_latents(model, batch, settled=self._all_settled)
+            self._sums["own_passes"] += passes
+            self._counts["own_passes"] += bool(passes)  # none where there are no latents
+            return model(**batch.inputs)
+
+    def _all_settled(self, settled: bool) -> bool:
+        return int(self._over_ranks(torch.tensor(int(not settled)), "sum")) == 0
+
+    @torch.no_grad()
+    def _watch(self, batch: ReplayBatch, scores: Scores) -> None:
+        """Sum up what is logged about latents and trained on nowhere."""
+        if not sum(batch.latent_counts):
+            return
+        means, slots = scores.means.float(), batch.inputs["slots"]
+        for name, values in (
+            ("latent_cosine", cosine_similarity(means, batch.latents.float(), dim=-1)),
+            ("latent_neighbours", neighbour_cosines(means, slots.latent_rows)),
+        ):
+            self._sums[name] += values.sum()
+            self._counts[name] += values.numel()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            for name, updates in self._updates.items():
-                total = self._over_ranks(torch.as_tensor(self._sums[name]), "mean")
-                logs[name] = float(total) / updates
+            for name in self._LOGGED:
+                total, count = self._over_ranks(
+                    torch.tensor([self._sums[name], self._counts[name]], dtype=torch.float64), "sum"
+                ).tolist()
+                if count:
+                    logs[name] = total / count
+            if self._broken.rule != "stop":
+                logs["bad_videos"] = len(self._broken)
             self._sums.clear()
-            self._updates.clear()
+            self._counts.clear()
         super().log(logs, start_time)
 
     def _over_ranks(self, values: torch.Tensor, how: str) -> torch.Tensor:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.check import check_processes
+from recipes.check import check_processes, check_recipe
 from recipes.loading import load_recipe
-from rl.errors import RecipeError
+from rl.errors import ObjectiveError, RecipeError
 from tests.recipes.worlds import write_recipe
 
 
@@ -34,3 +34,20 @@ def test_one_gpu_only(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match=r"would see 2; set CUDA_VISIBLE_DEVICES .*device: cpu"):
         check_processes(load_recipe(recipe))
     check_processes(load_recipe(recipe, ["device=cpu"]))
+
+
+def test_the_published_objective_takes_no_noise(
+    tmp_path: Path, tiny_checkpoint: Path, clips: Path
+) -> None:
+    # The tiny recipe has noise, and a latent term as every recipe has that does not say otherwise.
+    path = write_recipe(tmp_path, tiny_checkpoint, clips / "manifest.jsonl")
+    changes = ["train.objective=published"]
+    with pytest.raises(ObjectiveError, match=r"noise_scale is 0\.1.*Set policy\.noise_scale to 0"):
+        check_recipe(load_recipe(path, changes))
+    changes.append("policy.noise_scale=0")
+    with pytest.raises(ObjectiveError, match=r"train\.latent_alpha is 0\.5"):
+        check_recipe(load_recipe(path, changes))
+    changes += ["train.latent_alpha=0", "train.max_mismatch=0.1"]
+    with pytest.raises(ObjectiveError, match=r"objective is published and max_mismatch is 0\.1"):
+        check_recipe(load_recipe(path, changes))
+    check_recipe(load_recipe(path, [*changes[:-1], "train.top_p=0.99", "train.imagine=never"]))

@@ -51,7 +51,7 @@ def test_relative_paths_start_from_the_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, MINIMAL), ["data.validation=../other.jsonl"])
     assert recipe.output == tmp_path / "out"
     assert recipe.policy.path == str(tmp_path / "model")
-    assert recipe.data.validation == tmp_path.parent / "other.jsonl"
+    assert recipe.data.validation == str(tmp_path.parent / "other.jsonl")
 
 
 def test_hub_names_stay_names(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_every_problem_at_once(tmp_path: Path) -> None:
     assert "train.group_size: must be greater than or equal to 2, got 1" in message
     assert "train.learning_rate: must be a valid number, got 'fast'" in message
     assert "temperature: unknown key; did you mean 'train.temperature'?" in message
-    assert "data.train: missing; Manifest to train on." in message
+    assert "data.train: missing; What to train on: a manifest" in message
 
 
 def test_many_problems_fit_a_screen(tmp_path: Path) -> None:
@@ -186,8 +186,8 @@ def test_extra_arguments_are_checked(tmp_path: Path, extra: dict[str, object], w
 def test_extra_arguments_that_only_the_other_stage_has_are_unknown(tmp_path: Path) -> None:
     sft = MINIMAL | {"stage": "sft", "train": {"extra": {"entropy_coef": 0.1}}}
     assert "train.extra.entropy_coef: unknown argument" in failure(tmp_path, sft)
-    sft["train"] = {"extra": {"media_cache": 8}}
-    assert "Foresight sets this itself; write data.media_cache" in failure(tmp_path, sft)
+    sft["train"] = {"extra": {"media_cache_gb": 8}}
+    assert "Foresight sets this itself; write data.media_cache_gb" in failure(tmp_path, sft)
 
 
 def test_refused_arguments_are_those_of_a_config() -> None:
@@ -222,12 +222,12 @@ def test_truncation_reaches_the_trainer(tmp_path: Path) -> None:
     assert (config.top_p, config.top_k) == (0.99, 50)
 
 
-def test_media_cache_reaches_the_sft_config(tmp_path: Path) -> None:
+def test_media_cache_gb_reaches_the_sft_config(tmp_path: Path) -> None:
     from recipes.configs import trainer_config
 
     path = write(tmp_path, MINIMAL | {"stage": "sft"})
-    assert trainer_config(load_recipe(path)).media_cache == 512
-    assert trainer_config(load_recipe(path, ["data.media_cache=7"])).media_cache == 7
+    assert trainer_config(load_recipe(path)).media_cache_gb == 16
+    assert trainer_config(load_recipe(path, ["data.media_cache_gb=7"])).media_cache_gb == 7
 
 
 def test_one_checkpoint_is_too_few(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_sft_run_leaves_everything(sft: Path) -> None:
     assert not torch.equal(start.latent_head.weight, trained.latent_head.weight)
     result = json.loads((folder / "result.json").read_text())
     assert result["evaluation"]["modes"]["always"]["imagining"] == 1.0
-    assert set(result["evaluation"]["parts"]["free"]) == {"0", "1", "2", "3"}
+    assert set(result["evaluation"]["breakdowns"]["level"]["free"]) == {"0", "1", "2", "3"}
 
 
 def test_finished_run_returns_at_once(sft: Path) -> None:

@@ -55,7 +55,7 @@ def test_claim_allows_what_changes_no_result(tmp_path: Path) -> None:
                 "rollouts.workers": 3,
                 "rollouts.ray": {"address": "x"},
                 "train.save_every": 9,
-                "data.media_cache": 8,
+                "data.media_cache_gb": 8,
             }
             | {"name": "new", "evaluation": {"manifest": "e.jsonl"}},
         )

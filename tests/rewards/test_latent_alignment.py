@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,9 @@ def score(reward: LatentAlignment, rows: list[tuple[Sample, Trajectory]]) -> lis
         id=[s.id for s, _ in rows],
         video=[s.video for s, _ in rows],
         imagine=[s.imagine for s, _ in rows],
+        window=[s.window for s, _ in rows],
+        pool=[s.pool for s, _ in rows],
+        images=[s.images for s, _ in rows],
     )
 
 
@@ -169,6 +173,18 @@ def test_more_latents_a_patch(policy, clips: Path):
     assert score(LatentAlignment(policy=str(folder)), rows)[0] < 1.0 - 1e-4
 
 
+def test_a_pool_and_a_window_choose_the_targets(policy, clips: Path):
+    folder, model, media = policy
+    whole = read_manifest(clips / "manifest.jsonl")[3]  # 12 frames, 8 a second
+    listed = replace(whole, imagine=((4, 7),))
+    row = replace(whole, imagine=((0, 1),), pool=2, window=(0.375, 1.125))  # of frames 3 to 8
+    assert media.key(row, (0, 1)).frames == (4, 7)
+    targets = compute_targets(model, media, [listed]).of(0)
+    reward = LatentAlignment(policy=str(folder))
+    values = score(reward, [(s, trajectory(s, targets)) for s in (row, listed, whole)])
+    assert values[:2] == pytest.approx([1.0, 1.0], abs=1e-6) and values[2] < 1.0 - 1e-4
+
+
 def test_rows_without_frames_and_broken_videos(policy, clips: Path, tmp_path: Path):
     good = read_manifest(clips / "manifest.jsonl")[0]
     broken = tmp_path / "broken.mp4"
@@ -194,10 +210,10 @@ def test_targets_are_kept_within_bounds(policy, clips: Path):
     rows = [(s, trajectory(s, torch.ones(1, 32))) for s in samples]
     reward = LatentAlignment(policy=str(policy[0]), capacity=2)
     values = score(reward, rows)
-    assert list(reward._targets) == [(s.video, s.imagine) for s in samples[2:]]
-    kept = reward._targets[samples[3].video, samples[3].imagine]
+    assert [row[:2] for row in reward._targets] == [(s.video, s.imagine) for s in samples[2:]]
+    kept = reward._targets[samples[3].video, samples[3].imagine, None, 0, ()]
     assert score(reward, rows[3:]) == values[3:]
-    assert reward._targets[samples[3].video, samples[3].imagine] is kept
+    assert reward._targets[samples[3].video, samples[3].imagine, None, 0, ()] is kept
     assert score(reward, rows) == values
 
 

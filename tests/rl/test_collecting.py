@@ -1,12 +1,16 @@
 """Collecting groups: kept by outcome, refilled in bounds, the same again from the same place."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from rl.collecting import GroupCollector
+from rl.data.broken import BrokenClips
+from rl.errors import VideoError
 from rl.trajectory import (
     MediaKey,
     RolloutRequest,
@@ -22,8 +26,14 @@ SAMPLES = [Sample(f"s{i}", "clip.mp4", "?", "A") for i in range(10)]
 class Rollouts:
     """Remembers what it was asked for; trajectories do not matter to a collector."""
 
-    def __init__(self) -> None:
+    def __init__(self, bad: Sequence[str] = ()) -> None:
         self.asked: list[list[RolloutRequest]] = []
+        self.looked_at: list[str] = []
+        self.bad = bad
+
+    def broken(self, samples: Sequence[Sample]) -> dict[str, VideoError]:
+        self.looked_at += [s.id for s in samples]
+        return {s.id: VideoError(f"sample {s.id!r}: no") for s in samples if s.id in self.bad}
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[TrajectoryGroup]:
         self.asked.append(list(requests))
@@ -37,8 +47,10 @@ class Outcomes:
         return [[1.0, float(int(g.sample.id[1:]) % 2 == 0)] for g in groups]
 
 
-def collector(max_refills: int = 50, **kwargs) -> tuple[GroupCollector, Rollouts]:
-    rollouts = Rollouts()
+def collector(
+    max_refills: int = 50, bad: Sequence[str] = (), **kwargs
+) -> tuple[GroupCollector, Rollouts]:
+    rollouts = Rollouts(bad)
     made = GroupCollector(
         rollouts,  # type: ignore[arg-type]
         Outcomes(),  # type: ignore[arg-type]
@@ -172,3 +184,93 @@ def test_the_control_of_a_clip_with_few_orders(frames, order):
     made, rollouts = collector()
     made.shuffled([seen(SAMPLES[0], frames)] * 8, 1, Sampling(), "0")
     assert [r.sample.frames for r in rollouts.asked[0]] == [order] * 8
+
+
+# -- clips that cannot be shown --------------------------------------------------------------------
+
+
+def asked(rollouts: Rollouts) -> list[list[str]]:
+    return [[r.sample.id for r in requests] for requests in rollouts.asked]
+
+
+def test_without_a_rule_nothing_is_looked_at():
+    made, rollouts = collector(bad=["s1"])
+    made.collect(SAMPLES[:4], 2, Sampling(), "0", filtering=False)
+    assert not rollouts.looked_at and asked(rollouts) == [["s0", "s1", "s2", "s3"]]
+
+
+def test_skipped_clips_make_a_step_smaller_but_not_its_batch(tmp_path):
+    broken = BrokenClips(tmp_path / "skipped.jsonl", rule="skip")
+    made, rollouts = collector(bad=["s1", "s2"], broken=broken)
+    found = made.collect(SAMPLES[:4], 2, Sampling(), "0", filtering=False)
+    assert asked(rollouts) == [["s0", "s3"]]
+    assert [(c.group.sample.id, c.trained) for c in found.groups] == [
+        ("s0", True),
+        ("s3", True),
+        ("s0", False),  # so that there are four, and nothing is trained on twice
+        ("s3", False),
+    ]
+    assert found.reasons == {"video": 2, "all_right": 1, "kept": 1} and made.cursor == 0
+    rows = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert rows == broken.rows and [row["id"] for row in rows] == ["s1", "s2"]
+    assert rows[0] == {"id": "s1", "file": "clip.mp4", "reason": "sample 's1': no"}
+    made.collect(SAMPLES[:4], 2, Sampling(), "1", filtering=False)
+    assert rollouts.looked_at == ["s0", "s1", "s2", "s3", "s0", "s3"]  # none is tried again
+    assert len(broken) == 2
+    again = BrokenClips(tmp_path / "skipped.jsonl", rule="skip")  # a resumed run
+    again.add(SAMPLES[1], VideoError("no"))
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("rule", ["skip", "replace"])
+def test_refills_are_of_clips_that_can_be_shown(rule):
+    made, rollouts = collector(bad=["s1", "s2", "s5"], broken=BrokenClips(rule=rule))
+    found = made.collect(SAMPLES[:4], 2, Sampling(), "0")
+    assert not {"s1", "s2", "s5"} & {name for names in asked(rollouts) for name in names}
+    assert len(found.groups) == 4 and found.reasons["video"] >= 2
+    trained = [c.group.sample.id for c in found.groups if c.trained]
+    assert len(trained) == (2 if rule == "skip" else 4)
+    assert set(trained) <= {"s3", "s7", "s9"}
+
+
+def test_replaced_clips_come_in_the_order_of_refills():
+    plain, _ = collector()
+    order = [s.id for s in plain._refill(10)]
+    bad = ["s1", "s2", order[1]]
+    made, rollouts = collector(bad=bad, broken=BrokenClips(rule="replace"))
+    found = made.collect(SAMPLES[:4], 2, Sampling(), "0", filtering=False)
+    left = [name for name in order if name not in bad]
+    expected = ["s0", left[0], left[1], "s3"]
+    if "s0" in bad or "s3" in bad:
+        pytest.fail("choose other samples: the order of refills has changed")
+    assert sorted(asked(rollouts)[0]) == sorted(expected)
+    assert all(c.trained for c in found.groups)
+    # A resumed run, which has forgotten what was broken, draws the same.
+    resumed, again = collector(bad=bad, broken=BrokenClips(rule="replace"))
+    resumed.cursor = made.cursor
+    made.collect(SAMPLES[:4], 2, Sampling(), "1", filtering=False)
+    resumed.collect(SAMPLES[:4], 2, Sampling(), "1", filtering=False)
+    assert asked(rollouts)[1] == asked(again)[0] and made.cursor == resumed.cursor
+
+
+@pytest.mark.parametrize("rule", ["skip", "replace"])
+def test_when_no_clip_can_be_shown_the_search_ends(rule):
+    made, _ = collector(bad=[s.id for s in SAMPLES], broken=BrokenClips(rule=rule))
+    with pytest.raises(VideoError, match="no clip of a step can be shown, nor of 10 rows"):
+        made.collect(SAMPLES[:3], 2, Sampling(), "0")
+    assert made.cursor == 10
+
+
+def test_skipping_a_whole_step_takes_one_other_row():
+    made, rollouts = collector(bad=["s0", "s1"], broken=BrokenClips(rule="skip"))
+    found = made.collect(SAMPLES[:2], 2, Sampling(), "0", filtering=False)
+    assert len(asked(rollouts)[0]) >= 1 and len(found.groups) == 2
+    assert found.groups[0].trained
+
+
+def test_the_control_s_frames_are_those_of_the_file():
+    made, rollouts = collector()
+    row = replace(SAMPLES[0], frames=(0, 2), pool=4, window=(1.0, 2.0))
+    made.shuffled([seen(row, (9, 13))], 1, Sampling(), "0")
+    (request,) = rollouts.asked[0]
+    assert request.sample == replace(row, frames=(13, 9), pool=0, window=None)

@@ -650,3 +650,32 @@ def test_every_rollout_is_recorded_with_its_advantages(build):
             right = [a for a, o in zip(own, scores.outcome, strict=True) if o == 1.0]
             wrong = [a for a, o in zip(own, scores.outcome, strict=True) if o == 0.0]
             assert not (right and wrong) or min(right) > 0 > max(wrong)
+
+
+@pytest.mark.parametrize(("imagine", "share"), [("never", 0.0), ("always", 1.0)])
+def test_sampling_imagines_as_told(build, imagine, share):
+    trainer = build(max_steps=1, imagine=imagine)
+    seen = watched(trainer)
+    trainer.train()
+    (line,) = logs(trainer)
+    assert line["latents/share_imagining"] == share
+    assert {t.sampling.imagine for t in seen["trajectories"]} == {imagine}
+    assert ("latents/neighbour_cosine" in line) == bool(share)
+    assert line["replay/max_gap"] <= 1e-5
+    with pytest.raises(ObjectiveError, match="imagine is 'sometimes'"):
+        build(imagine="sometimes")
+
+
+@pytest.mark.parametrize("adapters", [None, LoraConfig(r=4, target_modules="all-linear")])
+def test_the_tower_is_trained_unless_frozen(build, adapters):
+    def in_tower(trainer):
+        return [p for p in vision_tower(trainer.policy).parameters() if p.requires_grad]
+
+    assert in_tower(build(peft_config=adapters))
+    frozen = build(peft_config=adapters, freeze_vision=True, max_steps=1)
+    assert not in_tower(frozen)
+    before = copy.deepcopy(vision_tower(frozen.policy).state_dict())
+    frozen.train()
+    assert logs(frozen)[0]["grad_norm"] > 0
+    for name, value in vision_tower(frozen.policy).state_dict().items():
+        assert torch.equal(value, before[name]), name

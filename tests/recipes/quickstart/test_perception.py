@@ -10,8 +10,10 @@ from transformers import AutoProcessor
 
 from recipes.quickstart import texts
 from recipes.quickstart.checkpoint import make_checkpoint
-from recipes.quickstart.perception import TASKS, Perception, Words, ask, pretrain
+from recipes.quickstart.perception import Perception, pretrain
+from recipes.quickstart.tiles import TILES, ask
 from recipes.quickstart.world import MOVES, OBSERVED, STATES, write_world
+from recipes.quickstart.worlds import Words
 from rl.data import MediaProcessor, read_manifest
 from rl.errors import CheckpointError
 from rl.policy.heads import HeadConfig
@@ -45,12 +47,13 @@ def start(folder: Path) -> tuple[Any, MediaProcessor]:
 
 def test_questions_and_answers_are_true(folder: Path, samples: list[Sample]) -> None:
     policy, media = start(folder)
-    words = Words.of(media.tokenizer, policy.latent_tokens.filler)
+    words = Words.of(media.tokenizer, policy.latent_tokens.filler, TILES)
     boards = torch.tensor([s.extra["board"] for s in samples])
     paths = torch.tensor([s.extra["path"] for s in samples])
     cells = paths[..., 0] * texts.SIZE + paths[..., 1]
     generator = torch.Generator().manual_seed(0)
-    questions = ask(boards.flatten(1), cells, words, Perception(), generator)
+    facts = {"boards": boards.flatten(1), "paths": cells}
+    questions = ask(facts, words, Perception(), generator)
     assert questions.tasks == ("where", *["tile"] * 3, *["read", "next"] * 2)
     assert int(questions.states.max()) < STATES - 1
     for row, sample in enumerate(samples):
@@ -79,7 +82,7 @@ def test_the_loss_falls_and_the_tower_learns(
     policy, media = start(folder)
     before = policy.model.visual.pos_embed.weight.clone()
     history = pretrain(policy, media, samples, tmp_path, replace(TINY, steps=30, warmup=5))
-    assert set(history[0]) == {"step", "loss", *TASKS}
+    assert set(history[0]) == {"step", "loss", *TILES.tasks}
     assert history[-1]["loss"] < 0.6 * history[0]["loss"]
     assert not torch.equal(policy.model.visual.pos_embed.weight, before)
     loaded = load_policy(tmp_path)

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoProcessor
 from transformers.video_utils import VideoMetadata
 
-from rl.data import LocalMedia, MediaProcessor, read_clip, read_frames, read_manifest
+from rl.data import FrameRule, LocalMedia, MediaProcessor, read_clip, read_frames, read_manifest
 from rl.data.media import question_text
+from rl.data.store import ByteCache
 from rl.errors import DataError, PolicyError, RecipeError, VideoError
 from rl.trajectory import MediaKey, Sample
 from tests.tiny import FAMILIES, Family, moving_square, tiny_model, tiny_processor, write_clip
@@ -183,7 +185,7 @@ def test_question_text(question: str, options: tuple[str, ...], text: str) -> No
 
 
 def test_key_of_samples_with_and_without_frames(samples: list[Sample]) -> None:
-    processor = MediaProcessor(tiny_processor(), default_frames=4)
+    processor = MediaProcessor(tiny_processor(), FrameRule(4))
     plain = replace(samples[1], frames=())
     assert processor.key(samples[1]).frames == (0, 1, 2, 3)
     assert processor.key(plain).frames == (0, 2, 5, 7)  # spread over the file's 8 frames
@@ -214,36 +216,102 @@ def test_processor_survives_pickling(samples: list[Sample]) -> None:
 def test_cache_keeps_the_last_used(samples: list[Sample]) -> None:
     processor = MediaProcessor(tiny_processor())
     keys = [processor.key(s) for s in samples[:3]]
-    source = LocalMedia(processor, capacity=2)
+    source = LocalMedia(processor, 2e-5)
     first = source.get(keys[0])
     source.get(keys[1])
     assert source.get(keys[0]) is first and len(source) == 2
     source.get(keys[2])  # keys[1] was used longest ago and goes
     assert source.get(keys[0]) is first and len(source) == 2
-    with pytest.raises(RecipeError, match="must hold at least 1"):
-        LocalMedia(processor, capacity=0)
+    with pytest.raises(RecipeError, match="media_cache_gb is 0"):
+        LocalMedia(processor, 0)
 
 
 def test_a_failure_is_not_cached(tmp_path: Path) -> None:
     processor = MediaProcessor(tiny_processor())
     path = tmp_path / "late.mp4"
     key = MediaKey(str(path), (0, 1), processor.fingerprint)
-    source = LocalMedia(processor, capacity=2)
+    source = LocalMedia(processor, 2e-5)
     with pytest.raises(VideoError, match=r"late\.mp4: no such video file"):
         source.get(key)
     write_clip(path, moving_square(4))
     assert source.get(key).inputs["video_grid_thw"].tolist() == [[1, 4, 4]]
 
 
-def test_clip_that_the_processor_refuses(samples: list[Sample]) -> None:
+def test_clip_that_the_processor_refuses(samples: list[Sample], tmp_path: Path) -> None:
     processor = MediaProcessor(tiny_processor())
+    narrow = write_clip(tmp_path / "narrow.mp4", np.zeros((2, 8, 2048, 3), np.uint8))
+    sample = replace(samples[0], video=str(narrow), frames=(0, 1))
     with pytest.raises(VideoError) as caught:
-        processor.process(processor.key(samples[0], frames=[0]))
+        processor.process(processor.key(sample))
     message = str(caught.value)
-    assert message.startswith(
-        f"{samples[0].video}: Qwen3VLVideoProcessor refuses 1 frames of 16x16"
+    assert message.startswith(f"{narrow}: Qwen3VLVideoProcessor refuses 2 frames of 8x2048")
+    assert "re-encode the video" in message
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_still_picture_is_shown_as_long_as_a_patch(samples: list[Sample], family: Family) -> None:
+    processor = MediaProcessor(tiny_processor(family))
+    still, twice = (
+        processor.process(processor.key(samples[0], frames=frames)) for frames in [(3,), (3, 3)]
     )
-    assert "show more frames" in message
+    assert still.timestamps == (0.375,) and still.placeholder == twice.placeholder
+    assert still.inputs["video_grid_thw"].tolist() == [[1, 4, 4]]
+    for name, value in still.inputs.items():
+        if name != "second_per_grid_ts":
+            torch.testing.assert_close(value, twice.inputs[name], rtol=0, atol=0)
+
+
+def test_a_pool_a_window_and_images(samples: list[Sample], tmp_path: Path) -> None:
+    processor = MediaProcessor(tiny_processor(), FrameRule(4))
+    row = replace(samples[3], frames=(0, 3), imagine=((4,),), pool=5)  # 12 frames, 8 a second
+    assert processor.key(row).frames == (1, 8)
+    assert processor.key(row, row.imagine[0]).frames == (10,)
+    assert processor.key(replace(row, window=(0.5, 1.25))).frames == (4, 8)
+    files = []
+    for i, frame in enumerate(moving_square(3)):
+        Image.fromarray(frame).save(tmp_path / f"{i}.png")
+        files.append(str(tmp_path / f"{i}.png"))
+    pictures = replace(row, video="row 7", images=tuple(files), frames=(), pool=0)
+    key = processor.key(pictures)
+    assert (key.path, key.frames, key.files) == ("row 7", (0, 1, 2), tuple(files))
+    media = processor.process(key)
+    assert media.timestamps == (0.0, 1.0, 2.0)  # a second apart
+    np.testing.assert_array_equal(
+        read_frames("row 7", [2, 0], images=files), moving_square(3)[[2, 0]]
+    )
+
+
+def test_a_file_that_changes_is_another_clip(tmp_path: Path) -> None:
+    processor = MediaProcessor(tiny_processor())
+    source = LocalMedia(processor)
+    path = write_clip(tmp_path / "a.mp4", moving_square(4, seed=1))
+    sample = Sample("s", str(path), "?", "A", frames=(0, 1))
+    before = processor.key(sample)
+    assert processor.key(sample) == before
+    pixels = source.get(before).inputs["pixel_values_videos"]
+    copy = tmp_path / "b.mp4"
+    copy.write_bytes(path.read_bytes())
+    assert processor.key(replace(sample, video=str(copy))).content == before.content
+    write_clip(path, moving_square(4, seed=2))
+    after = processor.key(sample)
+    assert after != before and after.frames == before.frames
+    assert (source.get(after).inputs["pixel_values_videos"] - pixels).abs().max() > 0.1
+    with pytest.raises(VideoError, match=r"a\.mp4: the file changed while it was in use"):
+        processor.process(before)
+
+
+def test_what_is_in_use_stays(samples: list[Sample]) -> None:
+    keys = [MediaKey(f"{i}.mp4", (), "p") for i in range(4)]
+    cache: ByteCache[int] = ByteCache(3e-9)
+    for i, key in enumerate(keys[:3]):
+        cache.put(key, i, 1)
+    cache.hold(keys[:2])
+    cache.put(keys[3], 3, 2)
+    assert list(cache) == [keys[0], keys[1], keys[3]] and cache.bytes == 4
+    cache.hold(())
+    assert cache.get(keys[0]) == 0
+    cache.put(keys[2], 2, 1)
+    assert list(cache) == [keys[0], keys[2]] and cache.bytes == 2  # keys[1], keys[3]: used before
 
 
 def test_key_of_another_processor(samples: list[Sample]) -> None:

@@ -7,8 +7,8 @@ import av
 import numpy as np
 import pytest
 
-from rl.data import VideoInfo, probe, read_clip, read_frames, uniform_indices
-from rl.errors import DataError, VideoError
+from rl.data import VideoInfo, probe, read_clip, read_frames
+from rl.errors import VideoError
 from tests.tiny import moving_square, write_clip
 
 
@@ -112,22 +112,3 @@ def test_cut_short_or_damaged_among_the_frames(tmp_path: Path) -> None:
     message = refused(damaged, [0, 50, 99])
     assert "decoding stopped among frames 0 to 99 of 100" in message and "re-encode it" in message
     assert "/" not in message.split("(")[-1]  # no paths of decord's own sources
-
-
-@pytest.mark.parametrize(
-    ("total", "count", "expected"),
-    [
-        (8, 4, (0, 2, 5, 7)),  # 0, 7/3, 14/3, 7
-        (10, 2, (0, 9)),
-        (3, 8, (0, 1, 2)),
-        (9, 1, (4,)),
-        (1, 4, (0,)),
-    ],
-)
-def test_uniform_indices(total: int, count: int, expected: tuple[int, ...]) -> None:
-    assert uniform_indices(total, count) == expected
-
-
-def test_uniform_indices_need_frames() -> None:
-    with pytest.raises(DataError, match="cannot take 0 frames of a video with 5"):
-        uniform_indices(5, 0)

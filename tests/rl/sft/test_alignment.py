@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rl.sft.alignment import LatentLoss, latent_alignment_loss, pool_frames, target_variance
+from rl.sft.alignment import (
+    LatentLoss,
+    latent_alignment_loss,
+    neighbour_cosines,
+    pool_frames,
+    target_variance,
+)
 
 
 def test_mse_is_divided_by_the_variance() -> None:
@@ -61,3 +67,11 @@ def test_one_token_per_patch_is_the_mean() -> None:
 def test_more_tokens_per_patch_are_means_of_runs() -> None:
     features = torch.tensor([[[0.0], [2.0], [4.0], [8.0]], [[1.0], [1.0], [3.0], [5.0]]])
     assert pool_frames(features, 2)[:, 0].tolist() == [1.0, 6.0, 1.0, 4.0]
+
+
+def test_neighbours_are_those_of_the_same_span() -> None:
+    means = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0], [5.0, 0.0], [0.0, 1.0]])
+    rows = torch.tensor([10, 11, 14, 15, 40])  # two spans of two and one of one
+    # (1, 0) and (3, 4): 3 / 5; (0, 2) and (5, 0): 0
+    assert neighbour_cosines(means, rows).tolist() == pytest.approx([0.6, 0.0])
+    assert neighbour_cosines(means[:1], rows[:1]).shape == (0,)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rl.errors import DataError
 from rl.policy.protocol import LatentProtocol, LatentTokens, Slot
-from rl.sft.taught import completion_ids, span_lengths, taught_texts
+from rl.sft.taught import check_lengths, completion_ids, span_lengths, taught_texts
 from rl.trajectory import Sample
 
 TOKENS = LatentTokens(start=90, end=91, filler=92)
@@ -64,6 +64,21 @@ def test_span_lengths_count_temporal_patches() -> None:
     row = sample((4, 5, 6, 7), (8, 9, 10))  # the odd frame is doubled by the processor
     assert span_lengths(row, protocol, temporal_patch_size=2, tokens_per_patch=1) == (2, 2)
     assert span_lengths(row, protocol, temporal_patch_size=2, tokens_per_patch=3) == (6, 6)
+
+
+def test_with_all_tokens_a_span_takes_up_to_the_budget() -> None:
+    protocol = LatentProtocol(min_length=3, max_length=8)
+
+    def most(*frames: int) -> tuple[int, ...]:
+        row = sample(tuple(frames))
+        return span_lengths(row, protocol, temporal_patch_size=2, tokens_per_patch="all")
+
+    assert most(4) == most(4, 5) == (8,) and most(4, 5, 6, 7, 8) == (6,)  # 3 patches, 2 each
+    with pytest.raises(DataError, match=r"9 latents .* at least 1 latents a patch"):
+        most(*range(18))
+    check_lengths(sample((4, 5)), (3, 8), protocol)
+    with pytest.raises(DataError, match=r"'clip7': the frames of span 2 .* have 2 merged tokens"):
+        check_lengths(sample((4, 5)), (3, 2), protocol)
 
 
 @pytest.mark.parametrize(("frames", "latents"), [((4, 5), 1), (tuple(range(4, 14)), 5)])

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoProcessor
 
 from rl.checkpoints import last_complete
 from rl.data import MediaProcessor, read_manifest
-from rl.errors import DataError, ObjectiveError, PolicyError
+from rl.data.broken import BadVideos, BrokenClips
+from rl.errors import DataError, ObjectiveError, PolicyError, VideoError
+from rl.policy.adapters import with_whole_head
 from rl.policy.heads import HeadConfig
 from rl.policy.model import load_policy, make_policy
 from rl.policy.protocol import LatentProtocol
@@ -35,13 +38,20 @@ def build(
     tiny_checkpoint: Path, samples: list[Sample], tmp_path: Path
 ) -> Callable[..., LatentSFTTrainer]:
     def make(
-        rows: list[Sample] | None = None, protocol: LatentProtocol = PROTOCOL, **args: Any
+        rows: list[Sample] | None = None,
+        protocol: LatentProtocol = PROTOCOL,
+        broken: BrokenClips | None = None,
+        **args: Any,
     ) -> LatentSFTTrainer:
         torch.manual_seed(0)  # the head and the latent tokens' embeddings are drawn
         processor = AutoProcessor.from_pretrained(tiny_checkpoint)
         policy = make_policy(tiny_checkpoint, processor, protocol, HeadConfig("linear"))
         return LatentSFTTrainer(
-            policy, config(tmp_path, **args), rows or samples, MediaProcessor(processor)
+            policy,
+            config(tmp_path, **args),
+            rows or samples,
+            MediaProcessor(processor),
+            broken=broken,
         )
 
     return make
@@ -99,6 +109,44 @@ def test_the_loss_is_text_plus_weighted_latent(build: Callable[..., LatentSFTTra
     assert row["loss"] == pytest.approx(row["loss_text"] + 0.25 * row["loss_latent"], rel=1e-5)
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["tower trained", "tower frozen"])
+def test_what_is_trained(
+    lora: bool, frozen: bool, tiny_checkpoint: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    processor: Any = AutoProcessor.from_pretrained(tiny_checkpoint)
+    policy = make_policy(tiny_checkpoint, processor, PROTOCOL, HeadConfig("linear"))
+    model: Any = policy
+    if lora:
+        adapters = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "qkv"])
+        model = get_peft_model(policy, with_whole_head(adapters, policy))
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    args = config(tmp_path, freeze_vision=frozen, max_steps=2, weight_decay=0.0)
+    LatentSFTTrainer(model, args, samples, MediaProcessor(processor)).train()
+    moved = {n for n, weight in model.named_parameters() if not torch.equal(weight, before[n])}
+    tower = {name for name in moved if ".visual." in name}
+    text = {name for name in moved if ".language_model." in name}
+    assert bool(tower) == (not frozen) and text
+    assert any("latent_head" in name for name in moved)
+    assert all("lora_" in name for name in tower | text) == lora
+    assert not any(".original_module." in name for name in moved)
+
+
+@pytest.mark.parametrize(("frozen", "calls"), [(True, 1), (False, 2)])
+def test_own_latents_show_a_frozen_tower_its_clips_once(
+    frozen: bool, calls: int, build: Callable[..., LatentSFTTrainer]
+) -> None:
+    trainer = build(max_steps=1, latents="own", freeze_vision=frozen)
+    trainer.targets = trainer._find_targets()
+    count = []
+    tower: Any = vision_tower(trainer.policy)
+    tower.blocks[0].register_forward_hook(lambda *_: count.append(1))
+    trainer.train()
+    assert len(count) == calls
+    assert trainer.state.log_history[0]["own_passes"] >= 1
+    assert curve(trainer, "latent_neighbours")[0] <= 1.0
+
+
 def test_without_latents_a_step_teaches_the_answer(build: Callable[..., LatentSFTTrainer]) -> None:
     trainer = build(imagine_share=0.0)
     head = state(trainer)["latent_head.weight"]
@@ -118,8 +166,12 @@ def test_rows_without_imagined_frames_are_taught_as_text(
     assert trainer.targets.features.shape == (0, 32)
 
 
-def test_gradient_checkpointing_changes_nothing(build: Callable[..., LatentSFTTrainer]) -> None:
-    plain, checkpointed = build(), build(gradient_checkpointing=True)
+@pytest.mark.parametrize("latents", ["teacher", "own"])
+def test_gradient_checkpointing_changes_nothing(
+    latents: str, build: Callable[..., LatentSFTTrainer]
+) -> None:
+    args: dict[str, Any] = {"max_steps": 2, "latents": latents, "freeze_vision": False}
+    plain, checkpointed = build(**args), build(**args, gradient_checkpointing=True)
     plain.train()
     checkpointed.train()
     for name, value in plain.policy.state_dict().items():
@@ -203,21 +255,23 @@ def test_bfloat16_autocast(build: Callable[..., LatentSFTTrainer]) -> None:
         assert curve(rounded, key)[0] == pytest.approx(curve(exact, key)[0], rel=0.05)
 
 
+@pytest.mark.parametrize("latents", ["teacher", "own"])
 def test_a_resumed_run_ends_where_an_unbroken_one_does(
-    build: Callable[..., LatentSFTTrainer],
+    latents: str, build: Callable[..., LatentSFTTrainer]
 ) -> None:
     args: dict[str, Any] = {
-        "max_steps": 6,
+        "max_steps": 4,
         "imagine_share": 0.5,
+        "latents": latents,
         "save_strategy": "steps",
-        "save_steps": 3,
+        "save_steps": 2,
     }
     whole = build(**args)
     whole.train()
     folder = Path(str(whole.args.output_dir))
-    assert last_complete(folder) == folder / "checkpoint-6"
+    assert last_complete(folder) == folder / "checkpoint-4"
     resumed = build(**args)
-    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     for name, value in whole.policy.state_dict().items():
         assert torch.equal(resumed.policy.state_dict()[name], value), name
 
@@ -280,6 +334,8 @@ def test_a_span_that_the_protocol_forbids_is_refused_before_training(
         ({"latent_weight": -1.0}, "latent_weight is -1.0"),
         ({"latent_loss": "mae"}, "latent_loss is 'mae'"),
         ({"tokens_per_patch": 0}, "tokens_per_patch is 0"),
+        ({"tokens_per_patch": "each"}, "tokens_per_patch is 'each'"),
+        ({"latents": "mine"}, "latents is 'mine'"),
         ({"imagine_share": 1.5}, "imagine_share holds 1.5"),
         ({"imagine_share": {"column": "level"}}, "give 'column' and 'shares'"),
         ({"imagine_share": {"column": "level", "shares": {"0": -0.1}}}, "imagine_share holds -0.1"),
@@ -308,3 +364,64 @@ def test_the_state_file_comes_with_each_checkpoint(build: Callable[..., LatentSF
     folder = last_complete(Path(str(trainer.args.output_dir)))
     assert folder is not None
     assert json.loads((folder / "foresight_state.json").read_text())["step"] == 2
+
+
+@pytest.fixture
+def mixed(samples: list[Sample]) -> list[Sample]:
+    """Four rows of which the second shows and the last imagines frames that are not there."""
+    return [
+        samples[0],
+        replace(samples[1], frames=(0, 99)),
+        samples[2],
+        replace(samples[3], imagine=((98, 99),)),
+    ]
+
+
+@pytest.mark.parametrize("bad", [1, 3])
+def test_a_bad_video_stops_the_run(
+    bad: int, build: Callable[..., LatentSFTTrainer], mixed: list[Sample]
+) -> None:
+    with pytest.raises(VideoError, match=rf"^sample 'clip{bad}': .*frame 9\d was asked for"):
+        build([mixed[0], mixed[bad]]).train()
+
+
+def test_skipped_rows_count_nowhere(
+    build: Callable[..., LatentSFTTrainer], mixed: list[Sample], tmp_path: Path
+) -> None:
+    args: dict[str, Any] = {"max_steps": 1, "target_cache": str(tmp_path / "targets")}
+    four = {**args, "per_device_train_batch_size": 4}
+    logs = []
+    for rows, given in ((mixed, four), (mixed, four), (mixed[::2], {"max_steps": 1})):
+        broken = BrokenClips(tmp_path / "skipped.jsonl", rule="skip")
+        trainer = build(rows, broken=broken, **given)
+        trainer.train()
+        assert trainer.targets is not None
+        logs.append(trainer.state.log_history[0])
+        logs[-1]["loss_latent"] *= trainer.targets.variance  # of more targets where some are unused
+    assert [log["bad_videos"] for log in logs] == [2, 2, 0]  # in the second run from the cache
+    for key in ("loss_text", "loss_latent", "imagined"):
+        assert logs[0][key] == logs[1][key] == pytest.approx(logs[2][key], rel=1e-5), key
+    listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(row["id"] for row in listed) == ["clip1", "clip3"]
+
+
+def test_other_rows_take_the_places_of_bad_ones(
+    build: Callable[..., LatentSFTTrainer], samples: list[Sample], mixed: list[Sample]
+) -> None:
+    rows = [*mixed, *(replace(s, id=f"spare{s.id}") for s in samples)]
+    bad = {1, 3}
+
+    def cut(rule: BadVideos, *indices: int) -> list[int]:
+        trainer = build(rows, broken=BrokenClips(rule=rule))
+        trainer.targets = trainer._find_targets()
+        return trainer._readable({"index": torch.tensor(indices)}, 0)["index"].tolist()
+
+    assert cut("skip", 0, 1, 2, 3) == [0, 2]
+    assert len(cut("skip", 1, 3)) == 1 and not bad & {*cut("skip", 1, 3)}
+    found = cut("replace", 0, 1, 2, 3)
+    assert found[:2] == [0, 2] and len({*found}) == 4 and not bad & {*found}
+    assert cut("replace", 0, 1, 2, 3) == found  # also in a resumed run
+    rows = mixed[1::2]
+    with pytest.raises(VideoError, match="no clip of 2 rows can be shown"):
+        bad = {0, 1}
+        cut("replace", 0)

@@ -1,0 +1,248 @@
+"""What latents are for: the same answers with nothing, words, empty steps or latents before them.
+
+    python -m benchmarks.latents_for runs/latents_for --world balls --seeds 0 1 2
+
+Makes a world, and for each seed a tiny Qwen3-VL that learns to see it. From there, each variant is
+taught with the same recipe (steps, batch, rate, clips), and differs only in what stands before the
+answer:
+
+- direct: nothing;
+- text: one word a state, the cell of the ball that is asked for;
+- pause: one and the same word at each step;
+- latents: one latent a state, pulled to the pooled feature of that state;
+- unaligned: the same without the pull (in training the true features are still fed, so greedy
+  latents are of another kind than those that it learned from);
+- text_all: the cells of all balls. It takes more steps than the others; only in the world of balls.
+
+Text, pause and latents take the same number of decoding steps: K + 1 states and two more, the start
+and the end of the span or the first and the last word. Prints a table with the held-out clips, or,
+with ``--split validation``, those to decide on. What is finished in the folder is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoProcessor
+
+from recipes.loading import load_recipe
+from recipes.quickstart import texts
+from recipes.quickstart.balls import BALLS, BALLS_WORDS, write_balls
+from recipes.quickstart.balls import cells as ball_cells
+from recipes.quickstart.checkpoint import make_checkpoint
+from recipes.quickstart.perception import Perception, pretrain
+from recipes.quickstart.tiles import TILES
+from recipes.quickstart.world import write_world
+from recipes.quickstart.worlds import World
+from recipes.run import run_recipe
+from rl.checkpoints import write_json
+from rl.data.manifest import read_manifest
+from rl.data.media import MediaProcessor
+from rl.export import whole_folder
+from rl.policy.heads import HeadConfig
+from rl.policy.model import load_policy, make_policy
+from rl.policy.protocol import LatentProtocol
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart" / "sft_imagine.yaml"
+SPLITS = {"train": 2048, "validation": 512, "held_out": 512}
+
+LATENT = ("latents", "unaligned")  # the variants with spans
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One world with what is written of its states, and how long is learned."""
+
+    world: World
+    write: Callable[[Path, str, int, int], object]
+    chain: Callable[[Row], list[str]]  # a word for each imagined state
+    chain_all: Callable[[Row], list[str]] | None
+    perception: tuple[Perception, ...]  # rounds, each of which begins at the full rate
+    steps: int
+
+
+def tile_chain(row: Row) -> list[str]:
+    return [texts.cell(*place) for place in row["path"][TILES.observed - 1 :]]
+
+
+def ball_chain(row: Row) -> list[str]:
+    words = ball_cells()
+    return [words[state[row["ball"]]] for state in row["cells"][BALLS.observed - 1 :]]
+
+
+def ball_chain_all(row: Row) -> list[str]:
+    """The asked ball last, so that the answer follows its cell."""
+    words, asked = ball_cells(), row["ball"]
+    order = [ball for ball in range(len(BALLS_WORDS)) if ball != asked] + [asked]
+    return [words[state[b]] for state in row["cells"][BALLS.observed - 1 :] for b in order]
+
+
+SETTINGS = {
+    "tiles": Setting(TILES, write_world, tile_chain, None, (Perception(),), 260),
+    "balls": Setting(
+        BALLS,
+        write_balls,
+        ball_chain,
+        ball_chain_all,
+        # A single round of 400 steps leaves half of what pooled features hold unread.
+        tuple(Perception(steps=n, checkpoint_every=100, log_every=20) for n in (400, 300)),
+        260,
+    ),
+}
+
+
+def taught(row: Row, variant: str, setting: Setting) -> Row:
+    """The manifest row that teaches `variant`."""
+    if variant in LATENT:
+        return row
+    row = row | {"imagine": []}
+    if variant == "direct":
+        return row
+    if variant == "pause":
+        words = [texts.NEXT] * (len(setting.chain(row)) + 2)
+    else:
+        chain = setting.chain_all if variant == "text_all" else setting.chain
+        assert chain is not None
+        words = [texts.WHERE, *chain(row), texts.READ]
+    return row | {"reasoning": ["".join(f" {word}" for word in words)]}
+
+
+def variants(setting: Setting) -> list[str]:
+    every = ["direct", "text", "pause", "latents", "unaligned"]
+    return [*every, "text_all"] if setting.chain_all else every
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The runs of one world in a folder."""
+
+    root: Path
+    setting: Setting
+    split: str
+    console: Console
+
+    def prepare(self, world_seed: int = 0) -> None:
+        """Write the clips and a manifest a variant."""
+        for split, count in SPLITS.items():
+            self.setting.write(self.root / "world", split, count, world_seed)
+        rows = (self.root / "world" / "train.jsonl").read_text().splitlines()
+        for variant in variants(self.setting):
+            lines = [json.dumps(taught(json.loads(row), variant, self.setting)) for row in rows]
+            self.manifest(f"train-{variant}").write_text("\n".join(lines) + "\n")
+
+    def manifest(self, name: str) -> Path:
+        return self.root / "world" / f"{name}.jsonl"
+
+    def perceive(self, seed: int) -> list[Row]:
+        """Pretrain the checkpoint of `seed`."""
+        world, folder = self.setting.world, self.root / str(seed)
+        plain = folder / "plain"
+        if not plain.is_dir():
+            with whole_folder(plain) as draft:
+                make_checkpoint(draft, seed, world)
+        processor = AutoProcessor.from_pretrained(plain)
+        latents = world.states - world.observed + 1
+        protocol = LatentProtocol(min_length=latents, max_length=latents, max_spans=1)
+        torch.manual_seed(seed)  # the latent head is drawn
+        policy = make_policy(plain, processor, protocol, HeadConfig("linear"))
+        samples, media = read_manifest(self.manifest("train")), MediaProcessor(processor)
+        history: list[Row] = []
+        for number, settings in enumerate(self.setting.perception):
+            if number:
+                policy = load_policy(self.perceived(seed, number - 1))
+            config = replace(settings, seed=seed + number)
+            target = self.perceived(seed, number)
+            history += pretrain(policy, media, samples, target, config, world)
+        return history
+
+    def perceived(self, seed: int, number: int = -1) -> Path:
+        """Where the policy of a round is; by default of the last."""
+        number %= len(self.setting.perception)
+        return self.root / str(seed) / f"perception-{number + 1}"
+
+    def run(self, variant: str, seed: int) -> Row:
+        """Teach one variant; its greedy score and the CPU seconds of this process."""
+        folder = self.root / str(seed)
+        figures = folder / f"{variant}-{self.split}.json"
+        if figures.is_file():
+            return json.loads(figures.read_text())
+        changes = {
+            "seed": seed,
+            "output": folder / variant,
+            "policy.path": self.perceived(seed),
+            "data.train": self.manifest(f"train-{variant}"),
+            "data.validation": None,
+            "evaluation": {"manifest": str(self.manifest(self.split)), "modes": ["free"]},
+            "train.validate_every": None,
+            "train.max_steps": self.setting.steps,
+            "train.save_every": self.setting.steps,
+            "train.max_completion_length": 32,
+            "train.reasoning_template": "{reasoning}",
+            "train.latent_weight": 0.0 if variant == "unaligned" else 2.0,
+            "train.start_at_mean": variant in LATENT,  # without spans there is no mean
+        }
+        recipe: Any = load_recipe(
+            RECIPE, [f"{key}={json.dumps(v, default=str)}" for key, v in changes.items()]
+        )
+        started = time.process_time()
+        score = (run_recipe(recipe, self.console).evaluation or {})["modes"]["free"]
+        row = {**score, "cpu_s": time.process_time() - started}
+        write_json(figures, row)
+        return row
+
+
+def table(scores: dict[str, dict[int, Row]]) -> str:
+    """A row a variant: accuracy of each seed, their mean, decoding steps and CPU seconds."""
+    seeds = sorted(next(iter(scores.values())))
+    lines = [
+        f"| variant | {' | '.join(f'seed {s}, %' for s in seeds)} | mean, % | steps | CPU s |",
+        "|---" * (len(seeds) + 4) + "|",
+    ]
+    for variant, runs in scores.items():
+        accuracies = [100 * runs[seed]["accuracy"] for seed in seeds]
+        last = runs[seeds[-1]]
+        cells = [*(f"{a:.1f}" for a in accuracies), f"{statistics.mean(accuracies):.1f}"]
+        cells += [f"{last['tokens'] + last['latents']:.0f}", f"{last['cpu_s']:.0f}"]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--world", choices=SETTINGS, default="balls")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", help="default: all")
+    parser.add_argument("--split", choices=["validation", "held_out"], default="held_out")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    setting = SETTINGS[options.world]
+    console = Console(file=io.StringIO())
+    root = options.folder.resolve() / options.world
+    comparison = Comparison(root, setting, options.split, console)
+    comparison.prepare()
+    scores: dict[str, dict[int, Row]] = {v: {} for v in options.variants or variants(setting)}
+    for seed in options.seeds:
+        seen = comparison.perceive(seed)[-1]
+        print(f"seed {seed}, perception: {seen}", flush=True)
+        for variant, runs in scores.items():
+            runs[seed] = comparison.run(variant, seed)
+            print(f"seed {seed}, {variant}: {runs[seed]}", flush=True)
+    print(table(scores))
+
+
+if __name__ == "__main__":
+    main()

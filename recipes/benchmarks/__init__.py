@@ -1,0 +1,10 @@
+"""Benchmarks as presets: what is asked, shown, graded and broken down.
+
+The words that a policy is asked with are ours, as are the judge's; frames, lengths and the way of
+scoring are the published ones where they are public (`methods.md` 1.6; see each preset).
+"""
+
+from recipes.benchmarks.base import Benchmark, Breakdown
+from recipes.benchmarks.presets import BENCHMARKS, find_benchmark
+
+__all__ = ["BENCHMARKS", "Benchmark", "Breakdown", "find_benchmark"]

@@ -1,0 +1,84 @@
+"""The study's table: means over seeds with 95 % intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+# 97.5 % quantiles of Student's t, by degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+COLUMNS = {
+    "hop1": "1-Hop",
+    "hop2": "2-Hop",
+    "all": "AVG",
+    "imagining": "imagine",
+    "neighbours": "neighbours' cosine",
+}
+_PERCENT = ("hop1", "hop2", "all", "imagining")
+
+Figures = dict[str, float | None]  # by the names of COLUMNS; None where there is none
+
+
+def figures(evaluation: Mapping[str, Any]) -> Figures:
+    """One row's figures of one seed, from an evaluation's dictionary with one mode."""
+    (mode,) = evaluation["modes"]
+    score = evaluation["modes"][mode]
+    parts = evaluation["breakdowns"]["question_type"][mode]
+    values = {hop: part["accuracy"] for hop, part in parts.items()}
+    values |= {"all": score["accuracy"], "imagining": score["imagining"]}
+    values["neighbours"] = score["neighbours"]
+    return values
+
+
+def interval(values: Sequence[float | None]) -> tuple[float, float | None]:
+    """The mean over seeds and half the width of its 95 % interval (Student's t); None for one seed.
+
+    The interval is about seeds: what another one would give, not how many questions were asked.
+    """
+    found = [v for v in values if v is not None]
+    if not found:
+        return math.nan, None
+    if len(found) == 1:
+        return found[0], None
+    t = _T[len(found) - 2] if len(found) - 2 < len(_T) else 1.96
+    return fmean(found), t * stdev(found) / math.sqrt(len(found))
+
+
+def cell(name: str, values: Sequence[float | None]) -> str:
+    """The interval as text, "-" without a value."""
+    mean, half = interval(values)
+    if math.isnan(mean):
+        return "-"
+    scale, digits = (100, 1) if name in _PERCENT else (1, 2)
+    spread = "" if half is None else f" ± {scale * half:.{digits}f}"
+    return f"{scale * mean:.{digits}f}{spread}"
+
+
+def rows(found: Mapping[str, Sequence[Figures]], labels: Mapping[str, str]) -> list[list[str]]:
+    """The cells of the table, a row for each name in `found`, which holds its figures by seed."""
+    return [
+        [labels[name], *(cell(c, [f.get(c) for f in seeds]) for c in COLUMNS)]
+        for name, seeds in found.items()
+    ]
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """The cells as a table in Markdown."""
+    lines = [["", *COLUMNS.values()], ["---", *["--:"] * len(COLUMNS)], *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def console_table(cells: Sequence[Sequence[str]], title: str) -> Table:
+    """The cells as a table for a terminal."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in COLUMNS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    for line in cells:
+        table.add_row(*line)
+    return table

@@ -1,0 +1,92 @@
+"""Clips that cannot be shown: found before they are needed, counted and listed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rl.errors import VideoError
+from rl.trajectory import MediaKey, Sample
+
+if TYPE_CHECKING:
+    from rl.data.media import MediaProcessor
+    from rl.interfaces import MediaSource
+
+BadVideos = Literal["stop", "skip", "replace"]
+
+
+class BrokenClips:
+    """The samples of a run whose clips cannot be shown, and why; none is tried twice.
+
+    `rule` is what is to be done about them: stop with their error, skip them, or take others in
+    their place. With a `path` each is also a JSON line there (`id`, `file`, `reason`), once, also
+    if the run is resumed.
+    """
+
+    def __init__(self, path: Path | None = None, *, rule: BadVideos = "stop") -> None:
+        self.rule: BadVideos = rule
+        self._path = path
+        self._found: dict[str, dict[str, str]] = {}
+        self._listed: set[str] = set()
+        if path is not None and path.is_file():
+            self._listed = {json.loads(line)["id"] for line in path.read_text().splitlines()}
+
+    def add(self, sample: Sample, error: VideoError) -> None:
+        """Remember a sample; its `error` says what is wrong with which file."""
+        if sample.id in self._found:
+            return
+        row = {"id": sample.id, "file": sample.video, "reason": str(error)}
+        self._found[sample.id] = row
+        if self._path is not None and sample.id not in self._listed:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """One for each sample, in the order in which they were found."""
+        return list(self._found.values())
+
+    def __contains__(self, sample_id: str) -> bool:
+        return sample_id in self._found
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def broken_samples(
+    processor: MediaProcessor,
+    samples: Sequence[Sample],
+    check: Callable[[Iterable[MediaKey]], Mapping[MediaKey, VideoError]],
+) -> dict[str, VideoError]:
+    """For each of `samples` whose clip cannot be shown the error, which names the sample, by its
+    id. `check` is `broken_clips` for one's own source of media.
+    """
+    found: dict[str, VideoError] = {}
+    keys: dict[str, MediaKey] = {}
+    for sample in samples:
+        try:
+            keys[sample.id] = processor.key(sample)
+        except VideoError as error:
+            found[sample.id] = error
+    errors = check(keys.values())
+    found |= {name: errors[key] for name, key in keys.items() if key in errors}
+    return {s.id: of_sample(s, found[s.id]) for s in samples if s.id in found}
+
+
+def broken_clips(media: MediaSource, keys: Iterable[MediaKey]) -> dict[MediaKey, VideoError]:
+    """Process clips, and return the errors of those that cannot be."""
+    found = {}
+    for key in dict.fromkeys(keys):
+        try:
+            media.get(key)
+        except VideoError as error:
+            found[key] = error
+    return found
+
+
+def of_sample(sample: Sample, error: VideoError) -> VideoError:
+    """The same error, naming the sample too."""
+    return type(error)(f"sample {sample.id!r}: {error}")
