@@ -101,6 +101,20 @@ app.command()(evaluate)
 app.add_typer(rewards_app, name="rewards")
 
 
+@app.command()
+def keys(
+    stage: Annotated[
+        str | None, typer.Argument(help="sft, la_dapo, select or evaluate; by default all.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Every key of a recipe, with its default and what it means, in Markdown."""
+    with errors_shown(debug):
+        from recipes.keys import reference
+
+        typer.echo(reference(None if stage is None else [stage]), nl=False)
+
+
 @app.command("data")
 def show_data(
     source: Annotated[

@@ -83,7 +83,7 @@ def _job(recipe: EvaluateRecipe, section: BenchmarkSection, is_policy: bool) -> 
     benchmark = _benchmark(recipe, section)
     found = read_samples(
         section.data,
-        format=section.format or benchmark.format,
+        format=section.format or ("auto" if section.columns else benchmark.format),
         columns=section.columns,
         video_root=section.video_root or recipe.data.video_root,
         limit=section.limit,

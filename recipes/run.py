@@ -174,6 +174,8 @@ def _train(
     progress = TrainingProgress(console, recipe.name)
     callbacks: list[TrainerCallback] = [MetricsFile(run), progress]
     broken = BrokenClips(run.skipped, rule=recipe.data.bad_videos)
+    for row, reason in plan.skipped:
+        broken.note(row, "", reason)
     trainer: Any
     if isinstance(recipe, LADAPORecipe):
         from rl.la_dapo import LADAPOTrainer

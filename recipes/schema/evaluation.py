@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from recipes.schema.base import Count, RecipePath, Section, beside_recipe, local_or_hub
+from recipes.schema.base import Count, DataSource, RecipePath, Section, beside_recipe
 from recipes.schema.policy import ClipSection, FramesSection
 from recipes.schema.rollouts import RolloutsSection
 from recipes.schema.stages import RecipeBase
@@ -24,7 +24,9 @@ class BenchmarkSection(Section):
         default=None,
         description="futurebench, twiff_bench, mvbench, next_qa or video_mme; null: one's own.",
     )
-    data: str = Field(description="Its rows: a file, a folder, or a data set's name on the Hub.")
+    data: DataSource = Field(
+        description="Its rows: a file, a folder, or a data set's name on the Hub."
+    )
     name: str | None = Field(
         default=None,
         description="What its files and tables are called; null: as `use`, or as the data.",
@@ -59,11 +61,6 @@ class BenchmarkSection(Section):
         description="Options of the judge that grades it (twiff_bench): those of the reward judge, "
         "of which base_url and model are needed.",
     )
-
-    @field_validator("data")
-    @classmethod
-    def _data_beside_recipe_or_on_hub(cls, data: str, info: ValidationInfo) -> str:
-        return local_or_hub(data, info)
 
     @field_validator("judge")
     @classmethod

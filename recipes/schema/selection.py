@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
-from recipes.schema.base import Count, Positive, RecipePath, Section, Share, local_or_hub
+from recipes.schema.base import Count, DataSource, Positive, RecipePath, Section, Share
 from recipes.schema.policy import ClipSection
 from recipes.schema.rewards import RewardSection
 from recipes.schema.rollouts import ANY_WORKERS, RolloutsSection
@@ -20,7 +20,7 @@ PROBES = Path(__file__).parents[1] / "future_l1" / "probes.jinja"
 class CandidatesSection(ClipSection):
     """The rows to select from."""
 
-    candidates: str = Field(
+    candidates: DataSource = Field(
         description="Rows to select from, which need frames to hint with (`imagine`): a file, a "
         "folder, or a data set's name on the Hub."
     )
@@ -31,11 +31,6 @@ class CandidatesSection(ClipSection):
         default=None, description="Which of their columns is what, where they have other names."
     )
     limit: Count | None = Field(default=None, description="Its first so many rows; null: all.")
-
-    @field_validator("candidates")
-    @classmethod
-    def _beside_recipe_or_on_hub(cls, candidates: str, info: ValidationInfo) -> str:
-        return local_or_hub(candidates, info)
 
 
 class ProbingSection(Section):

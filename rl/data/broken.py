@@ -35,11 +35,15 @@ class BrokenClips:
 
     def add(self, sample: Sample, error: VideoError) -> None:
         """Remember a sample; its `error` says what is wrong with which file."""
-        if sample.id in self._found:
+        self.note(sample.id, sample.video, str(error))
+
+    def note(self, sample_id: str, file: str, reason: str) -> None:
+        """Remember a row that is no sample, its file being missing."""
+        if sample_id in self._found:
             return
-        row = {"id": sample.id, "file": sample.video, "reason": str(error)}
-        self._found[sample.id] = row
-        if self._path is not None and sample.id not in self._listed:
+        row = {"id": sample_id, "file": file, "reason": reason}
+        self._found[sample_id] = row
+        if self._path is not None and sample_id not in self._listed:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -122,7 +122,10 @@ def _normalised(row: Row, draft: Draft, named: dict[str, str]) -> tuple[str, tup
         question = question.strip()
         embedded = split_question(question)
     if draft.options is not None and (draft.as_written or options):
-        row.check_options(named["options"], options, distinct=draft.as_written)
+        # A letter says which of two equal texts is meant; data sets have such rows.
+        by_letter = isinstance(draft.answer, str) and len(draft.answer) == 1
+        distinct = draft.as_written and not by_letter
+        row.check_options(named["options"], options, distinct=distinct)
     if options:
         if embedded is not None and same_options(embedded.options, options):
             question = embedded.question or question
