@@ -106,13 +106,13 @@ def evaluate(
                     param_hint=what,
                 )
             with loading():
-                from recipes.evaluate_run import PREDICTIONS, RESULTS, TABLE, run_evaluation
+                from recipes.evaluation.run import PREDICTIONS, RESULTS, TABLE, run_evaluation
             done = run_evaluation(loaded, Console())
             typer.echo(f"In {done.output}: {PREDICTIONS}/, {RESULTS} and {TABLE}")
             figures = {name: e.to_dict() for name, e in done.evaluations.items()}
         else:
             with loading():
-                from recipes.evaluate_command import evaluate_policy
+                from recipes.evaluation.command import evaluate_policy
             judge = {"base_url": judge_url, "model": judge_model}
             judge = {name: value for name, value in judge.items() if value is not None}
             figures = evaluate_policy(

@@ -18,8 +18,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from recipes.callbacks import MetricsFile, TrainingProgress
 from recipes.check import Plan, check_recipe, media_processor
 from recipes.configs import lora_config, trainer_config, uses_gpu, with_adapters
-from recipes.evaluation_callback import EvaluationCallback
-from recipes.evaluation_tables import show
+from recipes.evaluation.callback import EvaluationCallback
+from recipes.evaluation.tables import show
 from recipes.loading import Recipe
 from recipes.run_folder import RunFolder
 from recipes.sampling import (

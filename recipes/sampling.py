@@ -15,7 +15,7 @@ from transformers import TrainerState
 from recipes.callbacks import progress_bar
 from recipes.check import Plan
 from recipes.engines import EngineChoice, vllm_options, worker_gpus
-from recipes.evaluate import Evaluation, Outcomes, Sampler, evaluate
+from recipes.evaluation.evaluate import Evaluation, Outcomes, Sampler, evaluate
 from recipes.loading import Recipe
 from recipes.run_folder import RunFolder
 from recipes.schema import ClipSection, LADAPORecipe, RolloutsSection

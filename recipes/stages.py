@@ -13,12 +13,12 @@ def run_stage(recipe: RecipeBase, console: Console) -> list[str]:
     is. Raises `ForesightError`s.
     """
     if isinstance(recipe, SelectRecipe):
-        from recipes.run_selection import run_selection
+        from recipes.selection.run import run_selection
 
         run_selection(recipe, console)
         return [f"The rows that are kept are in {recipe.output / 'kept.jsonl'}, best first"]
     if isinstance(recipe, EvaluateRecipe):
-        from recipes.evaluate_run import PREDICTIONS, RESULTS, TABLE, run_evaluation
+        from recipes.evaluation.run import PREDICTIONS, RESULTS, TABLE, run_evaluation
 
         done = run_evaluation(recipe, console)
         return [f"In {done.output}: {PREDICTIONS}/, {RESULTS} and {TABLE}"]
@@ -33,7 +33,7 @@ def check_stage(recipe: RecipeBase, *, memory: bool = False) -> list[str]:
     about one that is fine, with `memory` also what an update will take. Raises `ForesightError`s.
     """
     if isinstance(recipe, SelectRecipe):
-        from recipes.run_selection import check_selection
+        from recipes.selection.run import check_selection
 
         selection = check_selection(recipe)
         return [
@@ -42,7 +42,7 @@ def check_stage(recipe: RecipeBase, *, memory: bool = False) -> list[str]:
             str(selection.engine),
         ]
     if isinstance(recipe, EvaluateRecipe):
-        from recipes.evaluation_plan import check_evaluation
+        from recipes.evaluation.plan import check_evaluation
 
         plan = check_evaluation(recipe)
         lines = []

@@ -79,10 +79,11 @@ class BenchmarkSection(Section):
 
 
 class EvaluateRecipe(RecipeBase):
-    """Greedy figures of a policy on benchmarks (`recipes.evaluate_run`).
+    """Greedy figures of a policy on benchmarks (`recipes.evaluation.run`).
 
-    What decides the answers is checked by benchmark (`recipes.predictions.AnswerStore`), so
-    benchmarks may be added, and a judge changed, between a run and its resumption.
+    What decides the answers is checked by benchmark (`AnswerStore` in
+    `recipes.evaluation.predictions`), so benchmarks may be added, and a judge changed, between a
+    run and its resumption.
     """
 
     stage: Literal["evaluate"] = Field(description="Selects this stage.")

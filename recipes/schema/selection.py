@@ -67,7 +67,7 @@ class KeepSection(Section):
 
 
 class SelectRecipe(RecipeBase):
-    """Selection of rows by visual gain, after Future-L1 (`recipes.selection`)."""
+    """Selection of rows by visual gain, after Future-L1 (`recipes.selection.rules`)."""
 
     HARMLESS: ClassVar[frozenset[str]] = (
         RecipeBase.HARMLESS

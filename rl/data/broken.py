@@ -45,8 +45,8 @@ class BrokenClips:
         self._found[sample_id] = row
         if self._path is not None and sample_id not in self._listed:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            with self._path.open("a", encoding="utf-8") as listed:
+                listed.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     @property
     def rows(self) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recipes.check import media_processor
-from recipes.evaluate import evaluate
+from recipes.evaluation.evaluate import evaluate
 from recipes.loading import load_any_recipe
 from rl.collecting import GroupCollector
 from rl.data import FrameRule, LocalMedia, select_frames

@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from recipes.evaluate_command import evaluate_policy
+from recipes.evaluation.command import evaluate_policy
 from recipes.loading import load_recipe
 from recipes.run import RunResult, _last_checkpoint, run_recipe
 from recipes.run_folder import RunFolder

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from recipes.benchmarks import find_benchmark
-from recipes.evaluate import MODES
-from recipes.evaluate_run import run_evaluation
+from recipes.evaluation.benchmarks import find_benchmark
+from recipes.evaluation.evaluate import MODES
+from recipes.evaluation.run import run_evaluation
+from recipes.evaluation.scores import Evaluation
 from recipes.loading import parse_recipe
 from recipes.schema.evaluation import EvaluateRecipe
-from recipes.scores import Evaluation
 from rl.errors import PolicyError, RecipeError
 from rl.export import find_policy
 

@@ -32,7 +32,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recipes.grading import Grade
+from recipes.evaluation.grading import Grade
 from rl.checkpoints import write_json
 from rl.errors import RecipeError
 from rl.latent_stats import neighbour_cosine

@@ -13,11 +13,11 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from recipes.benchmarks.asking import Asking, asking
-from recipes.benchmarks.base import Benchmark
-from recipes.evaluate import Outcomes, Sampler, answer, skipped_of
-from recipes.grading import by_rule
-from recipes.scores import Evaluation, check_columns, summarise
+from recipes.evaluation.benchmarks.asking import Asking, asking
+from recipes.evaluation.benchmarks.base import Benchmark
+from recipes.evaluation.evaluate import Outcomes, Sampler, answer, skipped_of
+from recipes.evaluation.grading import by_rule
+from recipes.evaluation.scores import Evaluation, check_columns, summarise
 from rl.data.broken import BrokenClips
 from rl.data.media import LocalMedia, MediaProcessor
 from rl.errors import RecipeError

@@ -14,12 +14,12 @@ import torch
 from rich.console import Console
 from transformers import AutoProcessor
 
-from recipes.benchmarks import find_benchmark
-from recipes.evaluate import MODES, answer, evaluate
-from recipes.evaluation_tables import grids, show, skipped_lines
-from recipes.grading import NO_REFERENCE, by_letter
-from recipes.predictions import AnswerStore
-from recipes.scores import summarise
+from recipes.evaluation.benchmarks import find_benchmark
+from recipes.evaluation.evaluate import MODES, answer, evaluate
+from recipes.evaluation.grading import NO_REFERENCE, by_letter
+from recipes.evaluation.predictions import AnswerStore
+from recipes.evaluation.scores import summarise
+from recipes.evaluation.tables import grids, show, skipped_lines
 from rl.data.broken import BrokenClips
 from rl.data.manifest import read_manifest
 from rl.data.media import LocalMedia, MediaProcessor

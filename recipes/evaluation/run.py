@@ -3,7 +3,7 @@
 recipe.yaml         the recipe with all its defaults
 start/              the policy, if it had to be made of a plain model
 answers/            what was answered so far, by benchmark: what a killed evaluation goes on from
-predictions/        graded answers, a Parquet file a benchmark (`recipes.predictions`)
+predictions/        graded answers, a Parquet file a benchmark (`recipes.evaluation.predictions`)
 results.json        all figures
 table.md            the tables
 """
@@ -21,18 +21,18 @@ import yaml
 from rich.console import Console
 from transformers import AutoProcessor
 
-from recipes.benchmarks.asking import asking
 from recipes.callbacks import progress_bar
 from recipes.check import media_processor
-from recipes.evaluate import answer, skipped_of
-from recipes.evaluation_plan import EvaluationPlan, Job, check_evaluation
-from recipes.evaluation_tables import grids, show, skipped_lines
+from recipes.evaluation.benchmarks.asking import asking
+from recipes.evaluation.evaluate import answer, skipped_of
+from recipes.evaluation.plan import EvaluationPlan, Job, check_evaluation
+from recipes.evaluation.predictions import AnswerStore, write_predictions
+from recipes.evaluation.scores import Evaluation, summarise
+from recipes.evaluation.tables import grids, show, skipped_lines
 from recipes.loading import dump_recipe
-from recipes.predictions import AnswerStore, write_predictions
 from recipes.run_folder import RunFolder
 from recipes.sampling import pool_of
 from recipes.schema.evaluation import EvaluateRecipe
-from recipes.scores import Evaluation, summarise
 from recipes.start import start_policy
 from rl.checkpoints import write_json
 from rl.data.broken import BrokenClips

@@ -16,8 +16,8 @@ from rich import box
 from rich.table import Table
 
 from recipes.schema.selection import SelectRecipe
-from recipes.selection import Probe, Probed, Reason, Verdict
-from recipes.selection_picture import draw_selection
+from recipes.selection.picture import draw_selection
+from recipes.selection.rules import Probe, Probed, Reason, Verdict
 from rl.checkpoints import write_json
 from rl.data.manifest import manifest_row
 from rl.errors import DataError

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from recipes.grading import NO_REFERENCE, Grade
+from recipes.evaluation.grading import NO_REFERENCE, Grade
 from rewards.accuracy import extract_answer
 from rewards.judge import Judge
 from rewards.judge_prompts import read_grades

@@ -1,8 +1,9 @@
 """The two probes of visual-gain selection: what they ask of a row, and with which clip.
 
 Our reconstruction of Future-L1's probes, whose prompts and settings are not public (see
-`recipes.selection`). Both show the row's own frames; the hinted one shows the frames of `imagine`
-in the same clip, each at its time. Nothing is imagined: in both the policy answers in words.
+`recipes.selection.rules`). Both show the row's own frames; the hinted one shows the frames of
+`imagine` in the same clip, each at its time. Nothing is imagined: in both the policy answers in
+words.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from recipes.benchmarks.base import Breakdown
-from recipes.grading import Grade, Grader, by_rule, right_or_wrong
-from recipes.predictions import Answer, AnswerStore
-from recipes.scores import Evaluation, Graded, check_columns, summarise
+from recipes.evaluation.benchmarks.base import Breakdown
+from recipes.evaluation.grading import Grade, Grader, by_rule, right_or_wrong
+from recipes.evaluation.predictions import Answer, AnswerStore
+from recipes.evaluation.scores import Evaluation, Graded, check_columns, summarise
 from rewards.accuracy import extract_answer
 from rl.data.broken import BrokenClips, of_sample
 from rl.errors import VideoError

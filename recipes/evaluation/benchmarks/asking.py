@@ -1,4 +1,4 @@
-"""How a benchmark's samples are shown and graded, ready to be handed to `recipes.evaluate`."""
+"""How a benchmark's samples are shown and graded, ready for `recipes.evaluation.evaluate`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from recipes.benchmarks.base import Benchmark
-from recipes.benchmarks.judged import GRADES, JudgeGrader
-from recipes.grading import Grader, by_letter, by_rule
+from recipes.evaluation.benchmarks.base import Benchmark
+from recipes.evaluation.benchmarks.judged import GRADES, JudgeGrader
+from recipes.evaluation.grading import Grader, by_letter, by_rule
 from rl.data.media import MediaProcessor
 from rl.errors import RecipeError
 from rl.trajectory import Sample

@@ -26,13 +26,13 @@ from recipes.callbacks import progress_bar
 from recipes.check import Start, check_rewards, media_processor, read_start
 from recipes.configs import uses_gpu
 from recipes.engines import EngineChoice, choose_engine, gpu_share, vllm_options
-from recipes.probe_log import ProbeLog, check_fingerprints
-from recipes.probes import KINDS, ProbePrompts, Prober
 from recipes.run_folder import RunFolder
 from recipes.sampling import pool_of, started
 from recipes.schema.selection import SelectRecipe
-from recipes.selection import Probed, choose, count_outcomes
-from recipes.selection_files import Selection, write_selection
+from recipes.selection.files import Selection, write_selection
+from recipes.selection.probe_log import ProbeLog, check_fingerprints
+from recipes.selection.probes import KINDS, ProbePrompts, Prober
+from recipes.selection.rules import Probed, choose, count_outcomes
 from recipes.start import start_policy
 from rewards.registry import build_terms
 from rewards.scorer import RewardSet

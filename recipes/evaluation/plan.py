@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from recipes.benchmarks import Benchmark, Breakdown, find_benchmark
-from recipes.benchmarks.asking import asking
 from recipes.check import Start, media_processor, read_start
 from recipes.configs import uses_gpu
 from recipes.engines import EngineChoice, choose_engine, gpu_share, vllm_options
+from recipes.evaluation.benchmarks import Benchmark, Breakdown, find_benchmark
+from recipes.evaluation.benchmarks.asking import asking
+from recipes.evaluation.scores import check_columns
 from recipes.schema.evaluation import BenchmarkSection, EvaluateRecipe
-from recipes.scores import check_columns
 from rl.data.formats import read_samples
 from rl.data.frames import FrameRule
 from rl.errors import RecipeError

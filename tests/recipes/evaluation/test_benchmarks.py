@@ -16,13 +16,13 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from recipes.benchmarks import BENCHMARKS, find_benchmark
-from recipes.benchmarks.asking import asking
-from recipes.benchmarks.judged import JudgeGrader
 from recipes.cli import app
-from recipes.evaluate_run import EvaluationRun, run_evaluation
+from recipes.evaluation.benchmarks import BENCHMARKS, find_benchmark
+from recipes.evaluation.benchmarks.asking import asking
+from recipes.evaluation.benchmarks.judged import JudgeGrader
+from recipes.evaluation.predictions import read_predictions
+from recipes.evaluation.run import EvaluationRun, run_evaluation
 from recipes.loading import load_any_recipe
-from recipes.predictions import read_predictions
 from recipes.schema import EvaluateRecipe
 from rl.data.formats import FORMATS
 from rl.errors import RecipeError

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recipes.selection import Probe, Probed
+from recipes.selection.rules import Probe, Probed
 from rl.errors import CheckpointError, RecipeError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from recipes.benchmarks.base import Benchmark, Breakdown
+from recipes.evaluation.benchmarks.base import Benchmark, Breakdown
 from rl.data.frames import FrameRule
 from rl.errors import RecipeError
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes.intervals import Z, mean, share
+from recipes.evaluation.intervals import Z, mean, share
 
 
 def test_wilson_by_hand() -> None:

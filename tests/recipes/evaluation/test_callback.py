@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from recipes.benchmarks import find_benchmark
-from recipes.evaluation_callback import EvaluationCallback
+from recipes.evaluation.benchmarks import find_benchmark
+from recipes.evaluation.callback import EvaluationCallback
 from rl.data.broken import BrokenClips
 from rl.data.manifest import read_manifest
 from rl.data.media import LocalMedia, MediaProcessor

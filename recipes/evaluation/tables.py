@@ -13,9 +13,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from recipes.benchmarks.base import Benchmark, Breakdown
-from recipes.intervals import Figure
-from recipes.scores import Evaluation, Score
+from recipes.evaluation.benchmarks.base import Benchmark, Breakdown
+from recipes.evaluation.intervals import Figure
+from recipes.evaluation.scores import Evaluation, Score
 
 _MODES = {"free": "free", "always": "forced", "never": "forbidden"}
 _GRADES = {"reasoning": "CoT", "answer": "Answer", "mean": "Avg"}

@@ -19,14 +19,14 @@ from typer.testing import CliRunner
 
 from recipes.cli import app
 from recipes.loading import load_any_recipe
-from recipes.probe_log import ProbeLog, check_fingerprints
-from recipes.probes import ProbePrompts, Prober
 from recipes.run_folder import RunFolder
-from recipes.run_selection import probe, run_selection
 from recipes.schema import SelectRecipe
 from recipes.schema.selection import PROBES, KeepSection, ProbingSection
-from recipes.selection import Probe, Probed, choose
-from recipes.selection_files import Selection
+from recipes.selection.files import Selection
+from recipes.selection.probe_log import ProbeLog, check_fingerprints
+from recipes.selection.probes import ProbePrompts, Prober
+from recipes.selection.rules import Probe, Probed, choose
+from recipes.selection.run import probe, run_selection
 from rewards.registry import build_terms
 from rewards.scorer import RewardSet
 from rl.data.formats import read_samples

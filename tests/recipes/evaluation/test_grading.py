@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes.grading import by_letter, by_rule, first_letter
+from recipes.evaluation.grading import by_letter, by_rule, first_letter
 from rl.trajectory import Sample
 
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from recipes.benchmarks.base import Breakdown
-from recipes.grading import Grade
-from recipes.intervals import Figure, mean, share
-from recipes.predictions import Answer
+from recipes.evaluation.benchmarks.base import Breakdown
+from recipes.evaluation.grading import Grade
+from recipes.evaluation.intervals import Figure, mean, share
+from recipes.evaluation.predictions import Answer
 from rl.errors import DataError
 from rl.trajectory import Sample
 

@@ -4,7 +4,7 @@ The words that a policy is asked with are ours, as are the judge's; frames, leng
 scoring are the published ones where they are public (`methods.md` 1.6; see each preset).
 """
 
-from recipes.benchmarks.base import Benchmark, Breakdown
-from recipes.benchmarks.presets import BENCHMARKS, find_benchmark
+from recipes.evaluation.benchmarks.base import Benchmark, Breakdown
+from recipes.evaluation.benchmarks.presets import BENCHMARKS, find_benchmark
 
 __all__ = ["BENCHMARKS", "Benchmark", "Breakdown", "find_benchmark"]

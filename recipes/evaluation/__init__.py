@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, greedy answers, grades, intervals, tables."""

@@ -1,0 +1,1 @@
+"""Visual-gain selection: which questions does seeing the future help with?"""
