@@ -81,9 +81,7 @@ def run_quickstart(
     console = console or Console()
     folders, started = Folders(Path(output).resolve()), time.perf_counter()
     _claim(folders.root, seed)
-    # More threads than this slow so small a model down.
-    torch.set_num_threads(min(torch.get_num_threads(), 2))
-    torch.set_flush_denormal(True)
+    settle_torch()
 
     with _part(console, 1, "a world of videos"):
         _write_videos(folders, seed, console)
@@ -129,6 +127,16 @@ def run_quickstart(
         f'    from rl import load_policy; policy = load_policy("{policy}")', soft_wrap=True
     )
     return summary
+
+
+def settle_torch() -> None:
+    """Settings of torch that suit so small a model: few threads, and no time lost to numbers that
+    are next to nothing.
+    """
+    torch.set_num_threads(min(torch.get_num_threads(), 2))
+    for name in ("float32", "float64"):
+        np.finfo(name)  # asks for the smallest number there is, and would warn afterwards
+    torch.set_flush_denormal(True)
 
 
 def results_table(before: dict[str, Any], after: dict[str, Any]) -> Table:

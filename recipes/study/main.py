@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
+from recipes.quickstart.main import settle_torch
 from recipes.study.chain import ZERO_SHOT, Chain, Scale
 from recipes.study.table import Figures, console_table, figures, markdown, rows
 from recipes.study.variants import VARIANTS
@@ -29,9 +29,7 @@ def run_study(
     console, root = console or Console(), Path(output).resolve()
     if unknown := [name for name in variants if name not in VARIANTS]:
         raise RecipeError(f"--variants: {unknown[0]!r} is unknown; choose of {', '.join(VARIANTS)}")
-    # More threads than this slow so small a model down.
-    torch.set_num_threads(min(torch.get_num_threads(), 2))
-    torch.set_flush_denormal(True)
+    settle_torch()
     found: dict[str, list[Figures]] = {}
     results: dict[str, Any] = {}
     for done, seed in enumerate(seeds, start=1):
