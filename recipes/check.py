@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoProcessor
 
-from recipes.engines import EngineChoice, recipe_engine
+from recipes.engines import EngineChoice, engine_of
 from recipes.loading import Recipe
 from recipes.schema import ClipSection, LADAPORecipe, RecipeBase, RewardSection, SFTRecipe
 from rewards.batch import make_batch
@@ -19,7 +19,7 @@ from rewards.look import look
 from rewards.registry import BUILTIN, build_terms, check_signature
 from rewards.terms import RewardTerm, check_terms, overweight
 from rl.data.broken import BadVideos, of_sample
-from rl.data.formats import SampleSet, read_samples
+from rl.data.formats import SampleSet, SkippedRow, read_samples
 from rl.data.frames import FrameRule
 from rl.data.media import MediaProcessor
 from rl.errors import ObjectiveError, PolicyError, RecipeError, VideoError
@@ -49,7 +49,7 @@ class Plan(Start):
     validation: list[Sample]
     evaluation: list[Sample]
     recognised: list[str]  # what data sets of others were taken for
-    skipped: list[tuple[str, str]]  # rows without their video, by id, and why
+    skipped: dict[str, list[SkippedRow]]  # without their video, by set: "train", "validation", ...
     rewards: list[RewardTerm]  # none in SFT
     warnings: list[str]  # what is allowed, and probably not meant
     engine: EngineChoice | None  # what samples; None in SFT
@@ -85,10 +85,13 @@ def check_recipe(recipe: Recipe) -> Plan:
         validation=validation,
         evaluation=evaluation,
         recognised=_recognised(sets),
-        skipped=[row for s in sets if s is not None for row in s.skipped],
+        skipped={
+            name: s.skipped if s is not None else []
+            for name, s in zip(("train", "validation", "evaluation"), sets, strict=True)
+        },
         rewards=rewards,
         warnings=warnings,
-        engine=recipe_engine(recipe),
+        engine=engine_of(recipe) if isinstance(recipe, LADAPORecipe) else None,
     )
 
 
@@ -305,7 +308,8 @@ def reward_terms(recipe: LADAPORecipe) -> list[RewardTerm]:
     specs = [spec.model_dump(exclude_none=True) for spec in recipe.rewards]
     for spec in specs:
         if spec["use"] == "latent_alignment":  # its tower is the starting policy's
-            spec["options"] = {"policy": recipe.policy.path, **spec["options"]}
+            own = {"policy": recipe.policy.path, "decode_timeout_s": recipe.data.decode_timeout_s}
+            spec["options"] = {**own, **spec["options"]}
     return build_terms(specs)
 
 

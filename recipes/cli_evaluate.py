@@ -11,8 +11,6 @@ from rich.console import Console
 
 from recipes.cli_base import Debug, Settings, errors_shown, loading, write_figures
 
-_MODES = ("free", "always", "never")
-
 
 def evaluate(
     context: typer.Context,
@@ -39,7 +37,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Of free, always and never: whether answers imagine; by default all, of a "
-            "benchmark free (never for a plain model)."
+            "benchmark free, and never for a plain model."
         ),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Ray workers.")] = 1,
@@ -119,7 +117,7 @@ def evaluate(
                 what,
                 data or "",
                 benchmark=benchmark,
-                modes=modes.split(",") if modes else None if benchmark else _MODES,
+                modes=modes.split(",") if modes else None,
                 workers=workers,
                 limit=limit,
                 by=by,

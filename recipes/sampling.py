@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,11 +14,17 @@ from transformers import TrainerState
 
 from recipes.callbacks import progress_bar
 from recipes.check import Plan
-from recipes.engines import EngineChoice, vllm_options, worker_gpus
+from recipes.engines import (
+    EngineChoice,
+    SamplingRecipe,
+    vllm_options,
+    worker_dtype,
+    worker_gpus,
+)
 from recipes.evaluation.evaluate import Evaluation, Outcomes, Sampler, evaluate
 from recipes.loading import Recipe
 from recipes.run_folder import RunFolder
-from recipes.schema import ClipSection, LADAPORecipe, RolloutsSection
+from recipes.schema import LADAPORecipe
 from rewards.scorer import RewardSet
 from rl.data.broken import BrokenClips
 from rl.data.media import LocalMedia, MediaProcessor
@@ -28,16 +34,6 @@ from rollouts.pool import RolloutPool
 from rollouts.transformers_engine import TransformersEngine
 from rollouts.vllm_options import VLLMOptions
 from rollouts.worker import EngineSpec
-
-
-class SamplingRecipe(Protocol):
-    """A recipe of any stage that samples."""
-
-    @property
-    def rollouts(self) -> RolloutsSection: ...
-    @property
-    def data(self) -> ClipSection: ...
-
 
 _SIDE_BY_SIDE = 32  # answers of an engine in the trainer's own process (SFT)
 
@@ -61,7 +57,7 @@ def evaluate_with_bar(
     outcomes: Outcomes | None = None,
     broken: BrokenClips | None = None,
 ) -> Evaluation:
-    """`recipes.evaluate.evaluate` with a bar over the answers of all modes."""
+    """`recipes.evaluation.evaluate.evaluate` with a bar over the answers of all modes."""
     with progress_bar(console, transient=True) as bar:
         task = bar.add_task("evaluating", total=len(modes) * len(samples))
         return evaluate(
@@ -84,28 +80,20 @@ def rollout_pool(
     if not isinstance(recipe, LADAPORecipe) or plan.engine is None:
         yield None
         return
-    gpus = worker_gpus(recipe)
-    with pool_of(recipe, plan.engine, gpus, media, start, console) as pool:
+    with pool_of(recipe, plan.engine, media, start, console) as pool:
         yield pool
 
 
 def pool_of(
     recipe: SamplingRecipe,
     choice: EngineChoice,
-    gpus: float,
     media: MediaProcessor,
     policy: str,
     console: Console,
-    *,
-    trainer: bool = True,
 ) -> RolloutPool:
-    """The recipe's workers, with `gpus` GPUs each, on the policy in the folder `policy`; `trainer`:
-    whether one works on the same GPUs.
-    """
-    settings = recipe.rollouts
-    dtype = settings.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if gpus else "float32"
+    """The recipe's workers, with the engine of `choice`, on the policy in the folder `policy`."""
+    settings, gpus = recipe.rollouts, worker_gpus(recipe)
+    dtype, trainer = worker_dtype(settings, gpus), isinstance(recipe, LADAPORecipe)
     console.print(str(choice))
     spec = EngineSpec(
         policy=policy,

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from recipes.loading import Recipe
 from recipes.schema import EvaluateRecipe, RecipeBase, SelectRecipe
+from rl.errors import RecipeError
 
 
 def run_stage(recipe: RecipeBase, console: Console) -> list[str]:
@@ -32,6 +33,10 @@ def check_stage(recipe: RecipeBase, *, memory: bool = False) -> list[str]:
     """Find what is wrong with a recipe before anything heavy starts; returns what there is to say
     about one that is fine, with `memory` also what an update will take. Raises `ForesightError`s.
     """
+    if memory and not isinstance(recipe, Recipe):
+        raise RecipeError(
+            f"--memory says what an update of training takes, and stage {recipe.stage!r} has none"
+        )
     if isinstance(recipe, SelectRecipe):
         from recipes.selection.run import check_selection
 
@@ -70,7 +75,7 @@ def _check_training(recipe: Recipe, memory: bool) -> list[str]:
     counts = ", ".join(f"{len(samples)} for {name}" for name, samples in rows.items() if samples)
     lines = [
         *plan.recognised,
-        *_skipped(len(plan.skipped)),
+        *_skipped(sum(map(len, plan.skipped.values()))),
         *(f"note: {warning}" for warning in plan.warnings),
         f"fine: rows {counts}; runs to {recipe.output}",
     ]

@@ -1,6 +1,6 @@
 """Right or wrong: the outcome of a trajectory.
 
-Source: the rule half of Future-L1's accuracy reward (`methods.md` 1.5), which compares the text
+Source: the rule half of Future-L1's accuracy reward (OpenGVLab/Future-L1), which compares the text
 inside ``<answer>`` with the reference, by string and by a maths checker. How a choice may be
 written is ours. The release also sets the accuracy of a repetitive answer to -1; here repetition is
 a reward of its own, so that the outcome stays what it says.

@@ -1,6 +1,6 @@
 """Does a completion follow the grammar of latent spans, reasons and one final answer?
 
-Source: the reward of Future-L1's release (OpenGVLab/Future-L1; `methods.md` 1.5): every latent
+Source: the reward of Future-L1's release (OpenGVLab/Future-L1): every latent
 span is collapsed to one symbol, then the text must match `(L R)+ A` or `R (L R)+ A`. Two details
 are ours and stricter than the release: no block may hold another block's tag, and a reason or an
 answer may not be blank.

@@ -1,7 +1,7 @@
 """A language model as judge, behind any OpenAI-compatible chat server.
 
 Source: Future-L1 asks a yes/no judge about the answers that its rule refuses, and TwiFF-Bench
-grades chain of thought and answer 0 to 5 (`methods.md` 1.5 and 1.6). The prompts are ours
+grades chain of thought and answer 0 to 5 (OpenGVLab/Future-L1). The prompts are ours
 (`rewards.judge_prompts`). Where the release scores all answers 0 while its judge is out of reach,
 an answer that was not judged here is invalid, with the reason.
 

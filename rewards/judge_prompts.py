@@ -2,7 +2,7 @@
 
 Source: FutureBench's yes/no judge, which Future-L1 asks about the answers that its rule refuses
 ("verdict"), and TwiFF-Bench's judge, which gives the chain of thought and the answer 0 to 5 each
-("score"; `methods.md` 1.5 and 1.6). Neither prompt is public: the words below are ours, so scores
+("score"; OpenGVLab/Future-L1). Neither prompt is public: the words below are ours, so scores
 cannot be compared with published ones.
 
 A template is Jinja. It gets `question`, `options` (labelled, may be empty), `reference`, `answer`

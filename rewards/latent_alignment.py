@@ -19,11 +19,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from rewards.values import Invalid, Value
+from rl.data.video import TIMEOUT_S
 from rl.errors import RecipeError, RewardError, VideoError
 
 if TYPE_CHECKING:
@@ -71,26 +72,43 @@ class LatentAlignment:
 
     The targets come from the vision tower of the model in `policy`, as it was saved: training does
     not move them. It is a policy or a plain video model and should be the one that the run starts
-    from, with the same `tokens_per_patch` as its SFT. It is loaded at the first call, to the GPU if
+    from, with the same `tokens_per_patch` as its SFT, a number or "all". It is loaded at the first call, to the GPU if
     there is one, and only its tower is kept. The targets of the last `capacity` rows are kept too.
 
     Rows without `imagine` and trajectories without latents have no value (None); where a row's
-    video cannot be decoded, its trajectories are `Invalid`. Range: [0, 1].
+    video cannot be decoded, in `decode_timeout_s` seconds a reader, its trajectories are `Invalid`.
+    Range: [0, 1].
     """
 
     range = (0.0, 1.0)
 
-    def __init__(self, *, policy: str, tokens_per_patch: int = 1, capacity: int = 1024) -> None:
+    def __init__(
+        self,
+        *,
+        policy: str,
+        tokens_per_patch: int | Literal["all"] = 1,
+        capacity: int = 1024,
+        decode_timeout_s: float = TIMEOUT_S,
+    ) -> None:
         if not isinstance(policy, str) or not policy.strip():
             raise RecipeError(
                 f"latent_alignment: policy is {policy!r}; it must be a model's folder"
             )
-        for name, value in (("tokens_per_patch", tokens_per_patch), ("capacity", capacity)):
-            if type(value) is not int or value < 1:
-                raise RecipeError(f"latent_alignment: {name} is {value!r}; it must be at least 1")
+        if tokens_per_patch != "all" and not _is_count(tokens_per_patch):
+            raise RecipeError(
+                f"latent_alignment: tokens_per_patch is {tokens_per_patch!r}; it must be at least "
+                "1, or all"
+            )
+        if not _is_count(capacity):
+            raise RecipeError(f"latent_alignment: capacity is {capacity!r}; it must be at least 1")
+        if type(decode_timeout_s) not in (int, float) or not 0 < decode_timeout_s < np.inf:
+            raise RecipeError(
+                f"latent_alignment: decode_timeout_s is {decode_timeout_s!r}; give seconds above 0"
+            )
         self.policy = policy
         self.tokens_per_patch = tokens_per_patch
         self.capacity = capacity
+        self.decode_timeout_s = decode_timeout_s
         self._tower: tuple[Any, Any] | None = (
             None  # the model that has nothing else left, and media
         )
@@ -146,7 +164,7 @@ class LatentAlignment:
             self._targets.move_to_end(row)
             return self._targets[row]
         if self._tower is None:
-            self._tower = _load_tower(self.policy)
+            self._tower = _load_tower(self.policy, self.decode_timeout_s)
         model, media = self._tower
         # A sample a span, so that the targets come back span by span.
         video, imagine, window, pool, images = row
@@ -159,7 +177,11 @@ class LatentAlignment:
         return self._targets[row]
 
 
-def _load_tower(path: str) -> tuple[Any, Any]:
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _load_tower(path: str, decode_timeout_s: float) -> tuple[Any, Any]:
     """The model in `path`, of whose weights only the vision tower's are left, and its media
     processor. Raises `RecipeError` if there is no model.
     """
@@ -188,4 +210,5 @@ def _load_tower(path: str) -> tuple[Any, Any]:
             if id(weight) not in kept:
                 module._parameters[name] = None
     model.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
-    return model, MediaProcessor(processor)
+    # Its frame rule is never asked: rows list the frames of their targets.
+    return model, MediaProcessor(processor, decode_timeout_s=decode_timeout_s)

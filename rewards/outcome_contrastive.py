@@ -1,6 +1,6 @@
 """Are a trajectory's latents closer to right trajectories of its group than to wrong ones?
 
-Source: the outcome-contrastive term of Future-L1's LA-DAPO (OpenGVLab/Future-L1; `methods.md` 1.5).
+Source: the outcome-contrastive term of Future-L1's LA-DAPO (OpenGVLab/Future-L1).
 With the latents of all spans in one row, two trajectories are compared step by step over the length
 of the shorter one:
 

@@ -54,8 +54,8 @@ def _contrastive_range(options: Mapping[str, Any]) -> Range:
     return 0.0, max(1.0, 1.0 / options.get("temperature", 0.5)) if published else 1.0
 
 
-# The weights are LA-DAPO's (methods.md 1.5) but for repetition and length, which have none there;
-# of temporal order it is T-GRPO's bonus.
+# The weights are LA-DAPO's (OpenGVLab/Future-L1) but for repetition and length, which have none
+# there; of temporal order it is T-GRPO's bonus.
 BUILTIN: dict[str, BuiltinReward] = {
     "accuracy": BuiltinReward(
         "rewards.accuracy:accuracy_rewards", 0.9, (0.0, 1.0), shaping=False

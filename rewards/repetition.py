@@ -1,9 +1,9 @@
 """How much of a text repeats itself.
 
 Source: Future-L1's release takes the largest of three signs (4-grams, consecutive windows of 50
-words, duplicate lines) and calls an answer with a score above 0.5 wrong (`methods.md` 1.5). This is
-our reconstruction of that score: how the windows are counted is ours. As a reward it is a penalty
-of its own and leaves the outcome alone.
+words, duplicate lines) and calls an answer with a score above 0.5 wrong (OpenGVLab/Future-L1).
+This is our reconstruction of that score: how the windows are counted is ours. As a reward it is a
+penalty of its own and leaves the outcome alone.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Do neighbouring latent spans imagine different things?
 
-Source: the temporal-diversity term of Future-L1's LA-DAPO (`methods.md` 1.5): C = mean over j of
+Source: the temporal-diversity term of Future-L1's LA-DAPO (OpenGVLab/Future-L1): C = mean over j of
 cos²(b_j, b_{j+1}), b_j the mean of span j; the reward is -C. Its scale is bounded as published, so
 there is only one.
 """

@@ -1,6 +1,6 @@
 """Does the policy use the order of the frames?
 
-Source: T-GRPO of Video-R1 (`methods.md` 4.4). Beside each group of G trajectories, a control of
+Source: T-GRPO of Video-R1 (tulerfeng/Video-R1). Beside each group of G trajectories, a control of
 G/2 answers the same question about the same frames in a random order. Where
 
     mean accuracy (in order) >= 0.8 · mean accuracy (shuffled)

@@ -20,10 +20,15 @@ STATE_FILE = "foresight_state.json"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` so that a reader finds the old file or the new one, never half of one."""
+    """Write `value` as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader finds the old one or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    draft.write_text(text, encoding="utf-8")
     draft.replace(path)
 
 

@@ -7,6 +7,7 @@
     ├── VideoError         (RuntimeError)       a file that cannot be decoded as a video
     │   ├── FrameError      (ValueError)         frames or a window that it does not have
     │   └── VideoTimeoutError (TimeoutError)     decoding it took too long
+    ├── DecoderError       (RuntimeError)       no process that decodes can be had
     ├── ProtocolError      (ValueError)         ids that no latent protocol could have produced
     ├── TrajectoryError    (ValueError)         a trajectory whose parts contradict each other
     ├── PolicyError        (ValueError)         a model that cannot be a latent policy
@@ -55,6 +56,10 @@ class VideoTimeoutError(VideoError, TimeoutError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+class DecoderError(ForesightError, RuntimeError):
+    """The process that decodes videos cannot be started: this machine cannot read any video."""
 
 
 class ProtocolError(ForesightError, ValueError):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray
 from ray.exceptions import RayTaskError
 
+from rl.data.decoding import decoder
 from rl.data.frames import FrameRule
 from rl.data.store import media_bytes
 from rl.data.video import TIMEOUT_S
@@ -119,7 +120,13 @@ class RolloutWorker:
         self._engine.transfer(step, arguments, version)
 
     def health(self) -> dict[str, Any]:
-        return {"pid": os.getpid(), "clips_decoded": self._decoded, **self._engine.health()}
+        """What this worker has done so far, its engine's counts included."""
+        return {
+            "pid": os.getpid(),
+            "clips_decoded": self._decoded,
+            "clips_by_second_reader": decoder().clips_by_second_reader,
+            **self._engine.health(),
+        }
 
     def close(self) -> None:
         """End what the engine started beside this process."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rl.data.frames import FrameRule
 from rl.data.media import LocalMedia, MediaProcessor
 from rl.policy.heads import HeadConfig
 from rl.policy.model import make_policy
@@ -80,7 +81,7 @@ def square_samples(folder: Path, count: int = 4) -> list[Sample]:
 
 
 def engine_for(policy: Any, processor: Any, **kwargs: Any) -> TransformersEngine:
-    media = MediaProcessor(processor)
+    media = MediaProcessor(processor, FrameRule(8))
     return TransformersEngine(policy, media, LocalMedia(media, 16), **kwargs)
 
 

@@ -1,7 +1,8 @@
 """Evaluation while a policy is being trained, for any transformers or TRL trainer.
 
     trainer = LatentSFTTrainer(policy, config, samples, media)      # or a trainer of one's own
-    trainer.add_callback(EvaluationCallback(trainer, held_out, every=50, media=media))
+    callback = EvaluationCallback(trainer, held_out, every=50, media=media, max_new_tokens=512)
+    trainer.add_callback(callback)
 
 `foresight run` validates with the same class.
 """

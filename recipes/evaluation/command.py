@@ -24,7 +24,7 @@ def evaluate_policy(
     data: str | Path,
     *,
     benchmark: str | None = None,
-    modes: Sequence[str] | None = MODES,
+    modes: Sequence[str] | None = None,
     workers: int = 1,
     limit: int | None = None,
     by: str | None = None,
@@ -43,10 +43,10 @@ def evaluate_policy(
     Hub), with `workers` Ray workers, and show the tables.
 
     `data` are rows of one's own, or of a `benchmark`, which then says how they are asked and
-    graded; `frames`, `fps`, `max_new_tokens` and `by` change that. `modes` of None are free, or
-    never for a plain model. With an `output` folder answers and predictions are kept there, and a
-    killed evaluation goes on from them. `judge` are options of a benchmark's judge, such as
-    base_url and model.
+    graded; `frames`, `fps`, `max_new_tokens` and `by` change that. `modes` of None are all three,
+    of a benchmark free, and never for a plain model. With an `output` folder answers and
+    predictions are kept there, and a killed evaluation goes on from them. `judge` are options of a
+    benchmark's judge, such as base_url and model.
 
     Raises `RecipeError` for an unknown mode or benchmark, `PolicyError` or `CheckpointError` for a
     folder that holds no policy, and the errors of data and videos.

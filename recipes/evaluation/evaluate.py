@@ -105,7 +105,7 @@ def answer(
                 store.add(new)
             advance(len(chunk))
     if outcomes is None:
-        asked = list(found)
+        asked = [place for place in found if place[0] in modes]
         texts = [found[place].text for place in asked]
         grades = grader([samples[row] for _, row in asked], texts)
         verdicts = dict(zip(asked, grades, strict=True))
@@ -146,7 +146,7 @@ def _shown(
             if broken is None or not skips:
                 raise named from error
             broken.add(samples[row], named)
-    if broken is None or not skips:
+    if broken is None or not skips or not shown:
         return shown
     found = sampler.broken(list(shown.values()))
     for row in [row for row, sample in shown.items() if sample.id in found]:

@@ -44,7 +44,7 @@ def by_rule(samples: Sequence[Sample], texts: Sequence[str]) -> list[Grade]:
 
 def by_letter(samples: Sequence[Sample], texts: Sequence[str]) -> list[Grade]:
     """The first letter of an option inside ``<answer>…</answer>``, as FutureBench is scored
-    (`methods.md` 1.6).
+    (OpenGVLab/Future-L1).
     """
     grades = []
     for sample, text in zip(samples, texts, strict=True):

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from recipes.check import Start, media_processor, read_start
-from recipes.configs import uses_gpu
-from recipes.engines import EngineChoice, choose_engine, gpu_share, vllm_options
+from recipes.engines import EngineChoice, engine_of
 from recipes.evaluation.benchmarks import Benchmark, Breakdown, find_benchmark
 from recipes.evaluation.benchmarks.asking import asking
+from recipes.evaluation.evaluate import MODES
 from recipes.evaluation.scores import check_columns
 from recipes.schema.evaluation import BenchmarkSection, EvaluateRecipe
-from rl.data.formats import read_samples
+from rl.data.formats import SkippedRow, read_samples
 from rl.data.frames import FrameRule
 from rl.errors import RecipeError
 from rl.policy.protocol import Imagine
@@ -30,7 +29,7 @@ class Job:
     section: BenchmarkSection
     benchmark: Benchmark
     samples: list[Sample]
-    skipped: dict[str, str]
+    skipped: list[SkippedRow]
     recognised: str
     modes: tuple[Imagine, ...]
 
@@ -42,8 +41,6 @@ class EvaluationPlan:
     start: Start
     jobs: list[Job]
     engine: EngineChoice
-    gpus: float  # of a worker
-    dtype: str
 
 
 def check_evaluation(recipe: EvaluateRecipe) -> EvaluationPlan:
@@ -65,18 +62,7 @@ def check_evaluation(recipe: EvaluateRecipe) -> EvaluationPlan:
         if recipe.data.bad_videos == "stop":
             first = ask.show(job.samples[0])
             media.encode(first, [media.process(media.key(first))])
-    settings = recipe.rollouts
-    gpus = settings.gpus_per_worker
-    if gpus is None:
-        there = torch.cuda.device_count() if uses_gpu(recipe) else 0
-        gpus = gpu_share(settings.workers, there)
-    engine = choose_engine(settings.engine, recipe.policy.path, gpu=gpus > 0)
-    if engine.engine == "vllm":
-        vllm_options(settings, gpus, trainer=False)  # refuses what a run would refuse
-    auto = "bfloat16" if gpus else "float32"
-    return EvaluationPlan(
-        start, jobs, engine, gpus, auto if settings.dtype == "auto" else settings.dtype
-    )
+    return EvaluationPlan(start, jobs, engine_of(recipe))
 
 
 def _job(recipe: EvaluateRecipe, section: BenchmarkSection, is_policy: bool) -> Job:
@@ -90,12 +76,14 @@ def _job(recipe: EvaluateRecipe, section: BenchmarkSection, is_policy: bool) -> 
         missing="skip" if recipe.data.bad_videos == "skip" else "stop",
     )
     check_columns(found.samples, [b.column for b in benchmark.breakdowns])
-    modes = section.modes or (["free"] if is_policy else ["never"])
+    modes: Sequence[Imagine] = section.modes or ()
+    if not modes:
+        modes = ("never",) if not is_policy else ("free",) if section.use else MODES
     return Job(
         section,
         benchmark,
         found.samples,
-        dict(found.skipped),
+        found.skipped,
         f"{len(found.samples)} rows; {found.recognised}",
         tuple(dict.fromkeys(modes)),
     )

@@ -5,7 +5,8 @@ start/              the policy, if it had to be made of a plain model
 answers/            what was answered so far, by benchmark: what a killed evaluation goes on from
 predictions/        graded answers, a Parquet file a benchmark (`recipes.evaluation.predictions`)
 results.json        all figures
-table.md            the tables
+table.md            the tables; like results.json of the benchmarks of the last call
+skipped/            rows whose clips cannot be read, a file a benchmark
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import AutoProcessor
 
 from recipes.callbacks import progress_bar
 from recipes.check import media_processor
+from recipes.engines import worker_dtype, worker_gpus
 from recipes.evaluation.benchmarks.asking import asking
 from recipes.evaluation.evaluate import answer, skipped_of
 from recipes.evaluation.plan import EvaluationPlan, Job, check_evaluation
@@ -34,14 +36,14 @@ from recipes.run_folder import RunFolder
 from recipes.sampling import pool_of
 from recipes.schema.evaluation import EvaluateRecipe
 from recipes.start import start_policy
-from rl.checkpoints import write_json
+from rl.checkpoints import write_json, write_text
 from rl.data.broken import BrokenClips
 from rl.data.media import MediaProcessor
 from rl.errors import RecipeError, VideoError
 from rl.trajectory import RolloutRequest, Sample, TrajectoryGroup
 from rollouts.pool import RolloutPool
 
-ANSWERS, PREDICTIONS, SKIPPED = "answers", "predictions", "skipped.jsonl"
+ANSWERS, PREDICTIONS, SKIPPED = "answers", "predictions", "skipped"
 RESULTS, TABLE = "results.json", "table.md"
 
 
@@ -74,9 +76,7 @@ def run_evaluation(
     evaluations: dict[str, Evaluation] = {}
     with ExitStack() as stack:
         pool = _OnDemand(
-            lambda: stack.enter_context(
-                pool_of(recipe, plan.engine, plan.gpus, media, start, console, trainer=False)
-            )
+            lambda: stack.enter_context(pool_of(recipe, plan.engine, media, start, console))
         )
         policy = _policy_hash(Path(start), console) if keep else ""
         for job in plan.jobs:
@@ -122,8 +122,10 @@ def _evaluate(
 ) -> Evaluation:
     """Answer, grade, keep and show one benchmark."""
     name, benchmark = job.section.called, job.benchmark
-    listed = None if store is None else run.root / SKIPPED
+    listed = None if store is None else run.root / SKIPPED / f"{name}.jsonl"
     broken = BrokenClips(listed, rule=recipe.data.bad_videos)
+    for row in job.skipped:
+        broken.note(*row)
     total = len(job.modes) * len(job.samples)
     with progress_bar(console, transient=True) as bar:
         task = bar.add_task(name, total=total)
@@ -145,8 +147,9 @@ def _evaluate(
             broken=broken,
             advance=lambda count: bar.advance(task, count),
         )
-    skipped = job.skipped | skipped_of(broken)
-    evaluation = summarise(rows, benchmark.breakdowns, grades=ask.grades, skipped=skipped)
+    evaluation = summarise(
+        rows, benchmark.breakdowns, grades=ask.grades, skipped=skipped_of(broken)
+    )
     if store is not None:
         write_predictions(
             run.root / PREDICTIONS / f"{name}.parquet",
@@ -180,9 +183,7 @@ def _write(
         if lines := skipped_lines(evaluation):
             parts.append("\n".join(f"- {line}" for line in lines))
     write_json(run.root / RESULTS, {"policy": recipe.policy.path, "benchmarks": results})
-    draft = run.root / f"{TABLE}.part"
-    draft.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    draft.replace(run.root / TABLE)
+    write_text(run.root / TABLE, "\n\n".join(parts) + "\n")
 
 
 def _about(job: Job) -> str:
@@ -203,15 +204,20 @@ def _about(job: Job) -> str:
 def _claim(recipe: EvaluateRecipe, run: RunFolder) -> None:
     """Store the recipe. Raises `RecipeError` for a folder in which something else has run."""
     if run.recipe.is_file():
-        stage = yaml.safe_load(run.recipe.read_text(encoding="utf-8")).get("stage")
-        if stage != recipe.stage:
+        stored = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+        if stored.get("stage") != recipe.stage:
             raise RecipeError(
-                f"{run.root} holds a run of stage {stage!r}; give another `output` to evaluate to"
+                f"{run.root} holds a run of stage {stored.get('stage')!r}; give another `output` "
+                "to evaluate to"
             )
-    run.root.mkdir(parents=True, exist_ok=True)
-    draft = run.recipe.with_name("recipe.yaml.part")
-    draft.write_text(dump_recipe(recipe), encoding="utf-8")
-    draft.replace(run.recipe)
+        policy = recipe.policy.model_dump(mode="json")
+        if run.start.is_dir() and stored.get("policy") != policy:
+            raise RecipeError(
+                f"{run.root} holds an evaluation of a policy made of "
+                f"{stored.get('policy', {}).get('path')}, with other settings than `policy` has "
+                "now; give another `output`, or delete the folder"
+            )
+    write_text(run.recipe, dump_recipe(recipe))
 
 
 def _settings(recipe: EvaluateRecipe, plan: EvaluationPlan, job: Job) -> dict[str, Any]:
@@ -228,7 +234,7 @@ def _settings(recipe: EvaluateRecipe, plan: EvaluationPlan, job: Job) -> dict[st
         "system_prompt": recipe.data.system_prompt,
         "max_new_tokens": job.benchmark.max_new_tokens,
         "engine": plan.engine.engine,
-        "dtype": plan.dtype,
+        "dtype": worker_dtype(recipe.rollouts, worker_gpus(recipe)),
     }
 
 

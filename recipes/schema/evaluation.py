@@ -43,8 +43,8 @@ class BenchmarkSection(Section):
     limit: Count | None = Field(default=None, description="Its first so many rows; null: all.")
     modes: Annotated[list[Imagine], Field(min_length=1)] | None = Field(
         default=None,
-        description="Imagining left free, forced (always) or forbidden (never); null: free, and "
-        "never for a plain model.",
+        description="Imagining left free, forced (always) or forbidden (never); null: free, of "
+        "one's own rows all three, and never for a plain model.",
     )
     frames: FramesSection | None = Field(
         default=None,

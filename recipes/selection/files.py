@@ -19,6 +19,7 @@ from recipes.schema.selection import SelectRecipe
 from recipes.selection.picture import draw_selection
 from recipes.selection.rules import Probe, Probed, Reason, Verdict
 from rl.checkpoints import write_json
+from rl.data.formats import SkippedRow
 from rl.data.manifest import manifest_row
 from rl.errors import DataError
 from rl.trajectory import Sample
@@ -49,13 +50,13 @@ _SCHEMA = pa.schema(
 @dataclass(frozen=True)
 class Selection:
     """The rows, in the order of the data, with what their probes gave and what becomes of them, by
-    id. `unread` are rows that could not even be read: id and reason.
+    id. `unread` are rows that could not even be read.
     """
 
     samples: Sequence[Sample]
     probed: Mapping[str, Probed]
     verdicts: Mapping[str, Verdict]
-    unread: Sequence[tuple[str, str]]
+    unread: Sequence[SkippedRow]
 
     def kept(self) -> list[Sample]:
         """The rows that are kept, best first."""
@@ -69,7 +70,7 @@ class Selection:
             for s in self.samples
             if (reason := self.probed[s.id].skipped)
         ]
-        return rows + [{"id": id, "file": "", "reason": reason} for id, reason in self.unread]
+        return rows + [row._asdict() for row in self.unread]
 
     def summary(self) -> dict[str, Any]:
         """Counts and means as plain values for JSON; null where there is nothing to average."""
@@ -112,6 +113,12 @@ class Selection:
             for name, part in self.summary()["probes"].items()
             if part["answers"]
         ]
+        if unsettled := sum(not probed.settled for probed in self.probed.values()):
+            lines.append(
+                f"{unsettled} rows have too few answers with an outcome; start again to ask anew"
+            )
+        if any(probed.skipped for probed in self.probed.values()):
+            lines.append("skipped rows stay so; to probe one, remove its line from probes.jsonl")
         if self.unread:
             lines.append(f"{len(self.unread)} more rows could not be read, see skipped.jsonl")
         return lines

@@ -1,6 +1,6 @@
 """Which rows show that seeing helps: visual gain, and what is kept for it. Pure functions.
 
-Source: Future-L1 (arXiv 2606.05769; `methods.md` 1.4), which asks the base model each question
+Source: Future-L1 (arXiv 2606.05769), which asks the base model each question
 several times in two ways, in text only and with the intermediate frames as hints, and takes
 
     p_text = success rate without hints     p_hint = success rate with hints
@@ -12,6 +12,10 @@ reconstruction.
 
 The gain of the rows that are kept is larger than what they would show if they were probed again:
 they were chosen for it, and n answers tell it only to about 1/√n.
+
+A judge is asked about the answers that the rule does not call right, so the answers without a
+verdict are never among the right ones, and a rate over the others is too high. A row with less than
+half of the answers of a probe judged has no rate, and is asked again (`Probed.settled`).
 
 Rates and gains are fractions, so that equal ones are equal: 2/3 - 1/3 is 1/3, which it is not in
 floating point.
@@ -33,6 +37,9 @@ Reason = Literal[
 ]
 
 
+LEAST_JUDGED = Fraction(1, 2)  # of a probe's answers
+
+
 @dataclass(frozen=True)
 class Probe:
     """The answers to one question in one probe: so many `judged`, so many of them `right`.
@@ -48,8 +55,9 @@ class Probe:
 
     @property
     def rate(self) -> Fraction | None:
-        """Success rate of the judged answers; None if there are none."""
-        return Fraction(self.right, self.judged) if self.judged else None
+        """Success rate of the judged answers; None if too few were judged."""
+        enough = self.judged >= LEAST_JUDGED * (self.judged + self.invalid)
+        return Fraction(self.right, self.judged) if self.judged and enough else None
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,11 @@ class Probed:
     text: Probe | None = None
     hinted: Probe | None = None
     skipped: str = ""
+
+    @property
+    def settled(self) -> bool:
+        """Whether it has a gain or was skipped; if not, the judge may have come back."""
+        return bool(self.skipped) or self.gain is not None
 
     @property
     def p_text(self) -> Fraction | None:

@@ -18,14 +18,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from rich.console import Console
 from transformers import AutoProcessor, TrainerState, set_seed
 
 from recipes.callbacks import progress_bar
 from recipes.check import Start, check_rewards, media_processor, read_start
-from recipes.configs import uses_gpu
-from recipes.engines import EngineChoice, choose_engine, gpu_share, vllm_options
+from recipes.engines import EngineChoice, engine_of
 from recipes.run_folder import RunFolder
 from recipes.sampling import pool_of, started
 from recipes.schema.selection import SelectRecipe
@@ -38,7 +36,7 @@ from rewards.registry import build_terms
 from rewards.scorer import RewardSet
 from rewards.terms import RewardTerm
 from rl.data.broken import of_sample
-from rl.data.formats import read_samples
+from rl.data.formats import SkippedRow, read_samples
 from rl.errors import RecipeError, VideoError
 from rl.interfaces import Rollouts
 from rl.trajectory import RolloutRequest, Sample, TrajectoryGroup
@@ -51,12 +49,11 @@ class SelectionPlan(Start):
     """A recipe of this stage with everything read that is cheap to read."""
 
     samples: list[Sample]
-    unread: list[tuple[str, str]]  # rows that could not be read: id and reason
+    unread: list[SkippedRow]  # rows that could not be read
     prompts: ProbePrompts
     outcome: RewardTerm
     warnings: list[str]
     engine: EngineChoice
-    gpus: float  # of a worker
 
 
 def run_selection(recipe: SelectRecipe, console: Console | None = None) -> Selection:
@@ -77,7 +74,7 @@ def run_selection(recipe: SelectRecipe, console: Console | None = None) -> Selec
     fingerprints = {sample.id: prober.fingerprint(sample) for sample in plan.samples}
     found = log.read()
     check_fingerprints(found, fingerprints, log.path)
-    left = [sample for sample in plan.samples if sample.id not in found]
+    left = [s for s in plan.samples if s.id not in found or not found[s.id][1].settled]
     if found:
         done = len(plan.samples) - len(left)
         console.print(f"{done} of {len(plan.samples)} rows are probed already")
@@ -91,9 +88,7 @@ def run_selection(recipe: SelectRecipe, console: Console | None = None) -> Selec
             [plan.outcome], max_invalid=recipe.max_invalid, faults=run.faults, isolated=True
         )
         with (
-            pool_of(
-                recipe, plan.engine, plan.gpus, prober.media, start, console, trainer=False
-            ) as pool,
+            pool_of(recipe, plan.engine, prober.media, start, console) as pool,
             started(rewards, console),
             progress_bar(console, transient=True) as bar,
         ):
@@ -122,16 +117,17 @@ def check_selection(recipe: SelectRecipe) -> SelectionPlan:
     """Read rows, template, the policy's config and processor, and the first clip. Raises the error
     of whatever is wrong, as `recipes.check.check_recipe` does.
     """
+    if recipe.data.bad_videos == "replace":
+        raise RecipeError(
+            "data.bad_videos is replace, but every row is probed already, so there is none to put "
+            "in the place of another; write skip, which counts and lists them, or stop"
+        )
     start = read_start(recipe)
     prompts = ProbePrompts(recipe.probes)
     samples, unread = _samples(recipe)
     section = recipe.outcome.model_copy(update={"outcome": True})
     terms = build_terms([section.model_dump(exclude_none=True)])
     warnings = check_rewards(terms, [section], samples)
-    gpus = _worker_gpus(recipe)
-    engine = choose_engine(recipe.rollouts.engine, recipe.policy.path, gpu=gpus > 0)
-    if engine.engine == "vllm":
-        vllm_options(recipe.rollouts, gpus, trainer=False)  # refuses what a run would refuse
     plan = SelectionPlan(
         **vars(start),
         samples=samples,
@@ -139,8 +135,7 @@ def check_selection(recipe: SelectRecipe) -> SelectionPlan:
         prompts=prompts,
         outcome=terms[0],
         warnings=warnings,
-        engine=engine,
-        gpus=gpus,
+        engine=engine_of(recipe),
     )
     _check_first(recipe, plan)
     return plan
@@ -198,7 +193,7 @@ def _prober(recipe: SelectRecipe, plan: SelectionPlan, policy: str) -> Prober:
     return Prober(plan.prompts, media, recipe.sampling, recipe.seed)
 
 
-def _samples(recipe: SelectRecipe) -> tuple[list[Sample], list[tuple[str, str]]]:
+def _samples(recipe: SelectRecipe) -> tuple[list[Sample], list[SkippedRow]]:
     """The rows, and those that could not be read."""
     data = recipe.data
     found = read_samples(
@@ -236,14 +231,6 @@ def _check_first(recipe: SelectRecipe, plan: SelectionPlan) -> None:
         f"data.candidates: no row of {recipe.data.candidates} can be probed: each has a video that "
         "cannot be read, or no frame in `imagine` beyond those in `frames`"
     )
-
-
-def _worker_gpus(recipe: SelectRecipe) -> float:
-    """GPUs of a worker, or its share of one."""
-    if recipe.rollouts.gpus_per_worker is not None:
-        return recipe.rollouts.gpus_per_worker
-    there = torch.cuda.device_count() if uses_gpu(recipe) else 0
-    return gpu_share(recipe.rollouts.workers, there, recipe.outcome.gpus)
 
 
 def _chunks(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoProcessor
+from transformers import AutoProcessor, set_seed
 
 from recipes.callbacks import progress_bar
 from recipes.loading import load_any_recipe
@@ -136,7 +136,9 @@ class Chain:
             with whole_folder(plain) as draft:
                 make_checkpoint(draft, self.seed, HOPS)
         processor = AutoProcessor.from_pretrained(plain)
+        set_seed(self.seed)  # the latent head is drawn
         policy = make_policy(plain, processor, PROTOCOL, HeadConfig("linear"))
         samples = read_manifest(self.world / "train.jsonl")
         media = MediaProcessor(processor)
-        pretrain(policy, media, samples, self.folder / "perception", self.scale.perception, HOPS)
+        config = replace(self.scale.perception, seed=self.seed)
+        pretrain(policy, media, samples, self.folder / "perception", config, HOPS)

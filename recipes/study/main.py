@@ -10,9 +10,9 @@ from rich.console import Console
 
 from recipes.quickstart.main import settle_torch
 from recipes.study.chain import ZERO_SHOT, Chain, Scale
-from recipes.study.table import Figures, console_table, figures, markdown, rows
+from recipes.study.table import MOST_SEEDS, Figures, console_table, figures, markdown, rows
 from recipes.study.variants import VARIANTS
-from rl.checkpoints import write_json
+from rl.checkpoints import write_json, write_text
 from rl.errors import RecipeError
 
 
@@ -29,6 +29,10 @@ def run_study(
     console, root = console or Console(), Path(output).resolve()
     if unknown := [name for name in variants if name not in VARIANTS]:
         raise RecipeError(f"--variants: {unknown[0]!r} is unknown; choose of {', '.join(VARIANTS)}")
+    if len(set(seeds)) < len(seeds) or not 1 <= len(seeds) <= MOST_SEEDS:
+        raise RecipeError(
+            f"--seeds: {list(seeds)}; give 1 to {MOST_SEEDS} different ones, for the intervals"
+        )
     settle_torch()
     found: dict[str, list[Figures]] = {}
     results: dict[str, Any] = {}
@@ -39,7 +43,7 @@ def run_study(
         results = {"seeds": list(seeds[:done]), "figures": found}
         write_json(root / "results.json", results)
         cells = rows(found, _labels())
-        (root / "table.md").write_text(markdown(cells))
+        write_text(root / "table.md", markdown(cells))
         title = f"Held-out accuracy in %, seeds {', '.join(map(str, seeds[:done]))}"
         console.print(console_table(cells, title))
     console.print(f"The table is in {root / 'table.md'}, the figures in {root / 'results.json'}.")

@@ -10,8 +10,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-# 97.5 % quantiles of Student's t, by degrees of freedom.
+# 97.5 % quantiles of Student's t, by degrees of freedom: for up to ten seeds.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+MOST_SEEDS = len(_T) + 1
 COLUMNS = {
     "hop1": "1-Hop",
     "hop2": "2-Hop",
@@ -45,8 +46,7 @@ def interval(values: Sequence[float | None]) -> tuple[float, float | None]:
         return math.nan, None
     if len(found) == 1:
         return found[0], None
-    t = _T[len(found) - 2] if len(found) - 2 < len(_T) else 1.96
-    return fmean(found), t * stdev(found) / math.sqrt(len(found))
+    return fmean(found), _T[len(found) - 2] * stdev(found) / math.sqrt(len(found))
 
 
 def cell(name: str, values: Sequence[float | None]) -> str:

@@ -12,9 +12,7 @@ Changes = dict[str, Any]  # of a recipe: dotted key to value
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table. `sft` names which SFT it starts from, `rl` what it changes in
-    ``la_dapo.yaml``; `policy` are the changes that the evaluated policy keeps.
-    """
+    """A row of the table: which SFT it starts from, and what it changes in ``la_dapo.yaml``."""
 
     label: str
     sft: str = "sft"
@@ -63,7 +61,12 @@ VARIANTS = {
     "fixed_budget": Variant(
         "fixed budget", rl={"policy.min_length": LATENTS, "policy.max_length": LATENTS}
     ),
-    # What the released code computes, and between it and ours: its latents without its scoring.
+    # What the released code computes, and between it and ours: its latents without its scoring. The
+    # latents of so small a model are short: with this κ, κ‖z‖² is what it is in the real one.
     "published": Variant("published objective", rl={"train.objective": "published", **_NO_NOISE}),
+    "published_scaled": Variant(
+        "published, κ to scale",
+        rl={"train.objective": "published", "train.published_kappa": 9.0, **_NO_NOISE},
+    ),
     "no_noise": Variant("exact, no noise", rl=_NO_NOISE),
 }

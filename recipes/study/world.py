@@ -20,6 +20,7 @@ import numpy as np
 from recipes.quickstart import texts
 from recipes.quickstart.tiles import TILES
 from recipes.quickstart.world import FRAMES_PER_STATE, OBSERVED, Clip, draw_clip
+from rl.checkpoints import write_text
 
 Style = Literal["latents", "text", "direct", "seen"]
 
@@ -46,9 +47,9 @@ HOPS = replace(TILES, corpus=corpus, tags=(*TILES.tags, REASON_OPEN, REASON_CLOS
 def row_of(seed: int, split: str, index: int, style: Style) -> dict[str, Any]:
     """The manifest row of clip `index` of `split`, a function of the arguments alone.
 
-    "latents" rows are taught span by span, "text" rows with every state as a word (as often as
-    `SHARES` says; else with one word a hop), "direct" rows not at all. All show the same two
-    states, "seen" rows those that follow as well.
+    "latents" rows are taught span by span, "text" rows with every state as a word behind an
+    opening word (as often as `SHARES` says; else with one word a hop), "direct" rows not at all.
+    All show the same two states, "seen" rows those that follow as well.
     """
     clip = draw_clip(seed, split, index)
     rng = np.random.default_rng([seed, index, *split.encode(), MOVES])
@@ -71,8 +72,8 @@ def row_of(seed: int, split: str, index: int, style: Style) -> dict[str, Any]:
         row["imagine"] = [_frames(_end(hop), _end(hop + 1)) for hop in range(hops)]
         row["reasoning"] = ["", *landings]
     elif style == "text":
-        states = range(OBSERVED, _end(hops) + 1)
-        row["reasoning"] = " ".join([_cell(clip, s) for s in states] if stepwise else landings)
+        steps = [texts.NEXT, *(_cell(clip, s) for s in range(OBSERVED, _end(hops) + 1))]
+        row["reasoning"] = " ".join(steps if stepwise else landings)
     elif style == "seen":
         row["frames"] = _frames(0, _end(hops))
     return row
@@ -90,7 +91,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     """Write `rows` as a manifest, if the file does not say the same already."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if not path.exists() or path.read_text() != text:
-        path.write_text(text)
+        write_text(path, text)
     return path
 
 

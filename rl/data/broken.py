@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,20 +19,21 @@ BadVideos = Literal["stop", "skip", "replace"]
 
 
 class BrokenClips:
-    """The samples of a run whose clips cannot be shown, and why; none is tried twice.
+    """The samples of one data set whose clips cannot be shown, and why; none is tried twice.
 
-    `rule` is what is to be done about them: stop with their error, skip them, or take others in
-    their place. With a `path` each is also a JSON line there (`id`, `file`, `reason`), once, also
-    if the run is resumed.
+    Ids name samples within a set only, so each set has an object of its own. `rule` is what is to
+    be done about such samples: stop with their error, skip them, or take others in their place.
+    With a `path`, which the sets of a run may share, each is also a JSON line there (`id`, `file`,
+    `reason`), once, also if the run is resumed; a line that a killed run left unfinished goes.
     """
 
     def __init__(self, path: Path | None = None, *, rule: BadVideos = "stop") -> None:
         self.rule: BadVideos = rule
         self._path = path
         self._found: dict[str, dict[str, str]] = {}
-        self._listed: set[str] = set()
+        self._listed: set[tuple[str, str]] = set()
         if path is not None and path.is_file():
-            self._listed = {json.loads(line)["id"] for line in path.read_text().splitlines()}
+            self._listed = {(row["id"], row["file"]) for row in _whole_lines(path)}
 
     def add(self, sample: Sample, error: VideoError) -> None:
         """Remember a sample; its `error` says what is wrong with which file."""
@@ -43,10 +45,10 @@ class BrokenClips:
             return
         row = {"id": sample_id, "file": file, "reason": reason}
         self._found[sample_id] = row
-        if self._path is not None and sample_id not in self._listed:
+        if self._path is not None and (sample_id, file) not in self._listed:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as listed:
-                listed.write(json.dumps(row, ensure_ascii=False) + "\n")
+                listed.write(json.dumps(row) + "\n")
 
     @property
     def rows(self) -> list[dict[str, str]]:
@@ -89,6 +91,15 @@ def broken_clips(media: MediaSource, keys: Iterable[MediaKey]) -> dict[MediaKey,
         except VideoError as error:
             found[key] = error
     return found
+
+
+def _whole_lines(path: Path) -> list[dict[str, str]]:
+    """The rows of a file of JSON lines, whose end is cut off where no line ends there."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.split(b"\n") if line]
 
 
 def of_sample(sample: Sample, error: VideoError) -> VideoError:

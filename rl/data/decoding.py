@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import numpy as np
 
 from rl.data import readers
 from rl.data.readers import REMEDY, ReaderName, Request, VideoInfo
-from rl.errors import VideoError, VideoTimeoutError
+from rl.errors import DecoderError, VideoError, VideoTimeoutError
 
 _START_S = 60.0
 _CLIPS_PER_PROCESS = 4096
@@ -43,22 +44,24 @@ class _Process:
     """One decoding process and the memory it shares with this one."""
 
     def __init__(self) -> None:
-        self._memory = _shared_file()
         self._map: mmap.mmap | None = None
         self.clips, self.resident = 0, 0
-        self._end, other = Pipe()
-        with other:
-            # Not forked: FFmpeg, torch and CUDA all have threads that a fork would cut off. -P: the
-            # folder of the script is no place to import from.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", readers.__file__, str(other.fileno()), str(self._memory)],
-                pass_fds=(other.fileno(), self._memory),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C is for this process, which then ends that one
-            )
-        self._await_start()
+        with ExitStack() as opened:  # which closes everything if the process does not start
+            try:
+                self._memory = _shared_file()
+                opened.callback(os.close, self._memory)
+                self._end, other = Pipe()
+                opened.callback(self._end.close)
+                with other:
+                    self._process = _start(other.fileno(), self._memory)
+            except OSError as error:  # no memory, no process, no file handle left
+                raise DecoderError(
+                    f"the process that decodes videos cannot be started ({error}); look at what "
+                    "this machine has left of memory, processes and open files"
+                ) from error
+            opened.callback(self._end_process)
+            self._await_start()
+            self._opened = opened.pop_all()
 
     @property
     def pid(self) -> int:
@@ -92,21 +95,22 @@ class _Process:
         return np.frombuffer(self._map, np.uint8, size).reshape(shape).copy()
 
     def close(self) -> None:
+        self._opened.close()
+
+    def _end_process(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._end.close()
-        os.close(self._memory)
 
     def _await_start(self) -> None:
         try:
-            if self._end.poll(_START_S) and self._end.recv() == ():
+            if self._end.poll(_START_S):
+                self._end.recv()
                 return
+            what = f"was not ready within {_START_S:g} s"
         except (EOFError, OSError):
-            pass
-        self.close()
-        raise VideoError(
-            f"the process that decodes videos did not start within {_START_S:.0f} s; try "
-            f"`{sys.executable} -c 'import decord'`"
+            what = f"ended with code {self._process.wait()} as it started"
+        raise DecoderError(
+            f"the process that decodes videos {what}; try `{sys.executable} -c 'import decord'`"
         )
 
 
@@ -119,6 +123,12 @@ class Decoder:
         self._process: _Process | None = None
         self._begun: Request | None = None
         self._second: dict[str, ReaderName] = {}  # by content: clips that the first cannot read
+        self._rescued: set[str] = set()  # these, and clips that the first did not read in time
+
+    @property
+    def clips_by_second_reader(self) -> int:
+        """How many clips the first reader did not read, but the second did."""
+        return len(self._rescued)
 
     def begin(self, clip: Clip, indices: tuple[int, ...], describe: bool) -> None:
         with self._lock:
@@ -129,19 +139,23 @@ class Decoder:
         self, clip: Clip, indices: tuple[int, ...], describe: bool, timeout_s: float
     ) -> tuple[np.ndarray | None, VideoInfo | None]:
         """The frames, if any were asked for, and the description, if asked for, from the first
-        reader that has them. Raises `VideoError`: the last one's.
+        reader that has them; each has `timeout_s` seconds. Raises `VideoError`: the last one's;
+        `DecoderError` if there is no process to ask.
         """
         with self._lock:
-            names = self._names(clip)
+            names, late = self._names(clip), False
             for number, name in enumerate(names):
                 try:
                     found = self._ask((name, *_named(clip), indices, describe), timeout_s)
-                except VideoError:
+                except VideoError as error:
                     if number == len(names) - 1:
                         raise
+                    late = late or isinstance(error, VideoTimeoutError)
                 else:
                     if number:
-                        self._second[clip.content] = name
+                        self._rescued.add(clip.content)
+                        if not late:  # a busy machine is no reason to do without the first
+                            self._second[clip.content] = name
                     return found
             raise AssertionError("a clip without readers")
 
@@ -169,7 +183,14 @@ class Decoder:
         except _Gone:  # it died since its last answer
             self.close()
             self._process = _Process()
-            self._process.send(request)
+            try:
+                self._process.send(request)
+            except _Gone as error:
+                self.close()
+                raise DecoderError(
+                    "the process that decodes videos ends as soon as it has started; something on "
+                    "this machine kills it, such as a limit on memory"
+                ) from error
         self._begun = request
 
     def _ask(
@@ -210,6 +231,20 @@ class Decoder:
         if not isinstance(answer, tuple):
             self.close()
         return answer
+
+
+def _start(end: int, memory: int) -> subprocess.Popen[bytes]:
+    """Start `rl.data.readers` on its end of the pipe and the shared memory."""
+    # Not forked: FFmpeg, torch and CUDA all have threads that a fork would cut off. -P: the folder
+    # of the script is no place to import from.
+    return subprocess.Popen(
+        [sys.executable, "-P", readers.__file__, str(end), str(memory)],
+        pass_fds=(end, memory),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        process_group=0,  # Ctrl-C is for this process, which then ends that one
+    )
 
 
 def _named(clip: Clip) -> tuple[str, tuple[str, ...], str]:

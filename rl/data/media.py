@@ -258,10 +258,8 @@ def _spacing(indices: Sequence[float]) -> float:
 
 def _clip(key: MediaKey) -> Clip:
     """The clip of a key, if its files still hold what they did when the key was made."""
-    if not key.content:
-        return find_clip(key.path, key.files)
-    clip = find_clip(key.path, () if key.files == (key.path,) else key.files)
-    if clip.content != key.content:
+    clip = find_clip(key.path, key.files)
+    if key.content and clip.content != key.content:
         raise VideoError(
             f"{key.path}: the file changed while it was in use; leave the files of a run alone, or "
             "start again"

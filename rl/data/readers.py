@@ -12,6 +12,8 @@ import mmap
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from multiprocessing.connection import Connection
@@ -241,6 +243,8 @@ def _first_line(error: object) -> str:
 
 # -- the program -----------------------------------------------------------------------------------
 
+_WATCH_S = 1.0  # between looks at whether the other side still lives
+
 # (reader, path, files, content, indices, whether to describe the clip)
 Request = tuple[ReaderName, str, tuple[str, ...], str, tuple[int, ...], bool]
 
@@ -298,6 +302,7 @@ def serve(connection: Connection, memory: int) -> None:
     """Answer until the other side is gone. The first message says that this process is ready."""
     import decord  # noqa: F401 - what takes most of the time, here and not on a clip's account
 
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     server = Server(memory)
     connection.send(())
     while True:
@@ -306,6 +311,14 @@ def serve(connection: Connection, memory: int) -> None:
         except (EOFError, ConnectionResetError):
             return
         connection.send((*server.answer(request), _resident()))
+
+
+def _end_with(parent: int) -> None:
+    """End this process, whatever its decoder hangs in, soon after the one that started it."""
+    # Not prctl's death signal: that comes when the parent's *thread* ends, which in Ray they do.
+    while os.getppid() == parent:
+        time.sleep(_WATCH_S)
+    os._exit(1)
 
 
 def _resident() -> int:

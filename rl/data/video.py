@@ -40,7 +40,12 @@ def find_clip(path: str | Path, images: Sequence[str] = ()) -> Clip:
     """
     name, files = str(path), tuple(images)
     if not files and os.path.isdir(name):
-        files = _images_in(name)
+        files = images_in(name)
+        if not files:
+            raise VideoError(
+                f"{name}: a folder, not a video file, and one without images; correct the path in "
+                f"the manifest, or put images in it ({', '.join(IMAGE_SUFFIXES)})"
+            )
     marks = [(file, _stat(name, file)) for file in files or (name,)]
     if not files and name.lower().endswith(IMAGE_SUFFIXES):
         files = (name,)
@@ -54,6 +59,14 @@ def find_clip(path: str | Path, images: Sequence[str] = ()) -> Clip:
         found = digest.hexdigest()
         _contents.put((name, files), marks, found)
     return Clip(name, files, found)
+
+
+def images_in(folder: str) -> tuple[str, ...]:
+    """The images in a folder, those with numbers in the order of the numbers."""
+    names = [n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES)]
+    # isdecimal, not isdigit: "²" is a digit, and no number to `int`.
+    parts = {n: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", n)] for n in names}
+    return tuple(os.path.join(folder, name) for name in sorted(names, key=parts.__getitem__))
 
 
 def probe(
@@ -191,15 +204,3 @@ def _blocks(name: str, file: str, size: int) -> list[bytes]:
         raise VideoError(
             f"{name}: {file} cannot be read ({error.strerror}); check its permissions"
         ) from error
-
-
-def _images_in(folder: str) -> tuple[str, ...]:
-    """The images in a folder, those with numbers in the order of the numbers."""
-    names = [n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES)]
-    if not names:
-        raise VideoError(
-            f"{folder}: a folder, not a video file, and one without images; correct the path in "
-            f"the manifest, or put images in it ({', '.join(IMAGE_SUFFIXES)})"
-        )
-    parts = {n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)] for n in names}
-    return tuple(os.path.join(folder, name) for name in sorted(names, key=parts.__getitem__))

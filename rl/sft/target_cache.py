@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rl.data.media import MediaProcessor
-from rl.errors import DataError, VideoError
+from rl.errors import DataError, VideoError, VideoTimeoutError
 from rl.policy.model import LatentPolicy
 from rl.policy.vision import vision_tower
 from rl.sft.target_clips import TargetClips, TokensPerPatch
@@ -62,8 +62,9 @@ def cached_targets(
     and settings left in the safetensors file `path`.
 
     A file of other targets or a damaged one is replaced, and `tell` told why. What could not be
-    read when the targets were computed counts as that until its files change. Raises `DataError`
-    where `path` is a folder, and `VideoError` where `on_broken` does not take it.
+    read when the targets were computed counts as that until its files change; where that was for
+    lack of time, no file is written. Raises `DataError` where `path` is a folder, and `VideoError`
+    where `on_broken` does not take it.
     """
     if path.is_dir():
         raise DataError(f"target_cache: {path} is a folder; name a file, such as {path}/targets")
@@ -73,16 +74,22 @@ def cached_targets(
         if not isinstance(found, str):
             targets, broken = found
             for place, reason in broken.items():
+                error = VideoError(
+                    f"{reason} (so {path} says; delete it to have the file read again)"
+                )
                 if on_broken is None:
-                    raise VideoError(reason)
-                on_broken(samples[place], VideoError(reason))
+                    raise error
+                on_broken(samples[place], error)
             return targets
         tell(f"{path}: {found}; computing the targets anew")
     broken = {}
+    late: list[str] = []
 
     def lose(sample: Sample, error: VideoError) -> None:
         if on_broken is None:
             raise error
+        if isinstance(error, VideoTimeoutError):
+            late.append(sample.id)
         broken[places[id(sample)]] = str(error)
         on_broken(sample, error)
 
@@ -95,7 +102,12 @@ def cached_targets(
         progress=progress,
         on_broken=lose,
     )
-    _write(path, origin, targets, broken)
+    if late:  # another time it may be faster
+        tell(
+            f"{path}: not written, because {len(late)} videos took too long, such as {late[0]!r}'s"
+        )
+    else:
+        _write(path, origin, targets, broken)
     return targets
 
 

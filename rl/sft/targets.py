@@ -8,6 +8,7 @@ processed clips (`rl.sft.target_clips`).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,7 +76,7 @@ def compute_targets(
     `VideoError` is raised.
     """
     clips = TargetClips(media, tokens_per_patch=tokens_per_patch, budget=policy.protocol.max_length)
-    parts: list[torch.Tensor] = []
+    parts: deque[torch.Tensor] = deque()
     spans: list[int] = []  # of each sample
     waiting: list[dict[str, torch.Tensor]] = []
     done, total = 0, sum(len(s.imagine) for s in samples)
@@ -100,9 +101,12 @@ def compute_targets(
     if waiting:
         parts += _features(policy, waiting, tokens_per_patch)
     width = policy.config.get_text_config().hidden_size
-    features = torch.cat(parts) if parts else torch.zeros(0, width)
-    lengths = iter(len(part) for part in parts)
-    return Targets.of_features(features, [[next(lengths) for _ in range(n)] for n in spans])
+    lengths = [len(part) for part in parts]
+    features = torch.empty(sum(lengths), width)
+    for rows in features.split(lengths):  # `torch.cat` would hold all of them twice
+        rows.copy_(parts.popleft())
+    counts = iter(lengths)
+    return Targets.of_features(features, [[next(counts) for _ in range(n)] for n in spans])
 
 
 def _features(

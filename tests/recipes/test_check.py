@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from recipes.check import check_processes, check_recipe
+from recipes.check import check_processes, check_recipe, reward_terms
 from recipes.loading import load_recipe
+from recipes.schema import LADAPORecipe
 from rl.errors import ObjectiveError, RecipeError
 from tests.recipes.worlds import write_recipe
 
@@ -34,6 +36,36 @@ def test_one_gpu_only(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match=r"would see 2; set CUDA_VISIBLE_DEVICES .*device: cpu"):
         check_processes(load_recipe(recipe))
     check_processes(load_recipe(recipe, ["device=cpu"]))
+
+
+def test_the_tower_of_latent_alignment_is_the_run_s(recipe: Path) -> None:
+    changes = ["rewards=[{use: accuracy}, {use: latent_alignment}]", "data.decode_timeout_s=7"]
+    loaded = load_recipe(recipe, changes)
+    assert isinstance(loaded, LADAPORecipe)
+    options = reward_terms(loaded)[1].options
+    assert options == {"policy": loaded.policy.path, "decode_timeout_s": 7.0}
+
+
+def test_rows_without_their_video_are_listed_by_set(
+    tmp_path: Path, tiny_checkpoint: Path, clips: Path
+) -> None:
+    rows = [json.loads(line) for line in (clips / "manifest.jsonl").read_text().splitlines()]
+    gone = [{**row, "video": "gone.mp4"} for row in rows]
+    whole, half = tmp_path / "whole.jsonl", tmp_path / "half.jsonl"
+    whole.write_text("\n".join(map(json.dumps, rows)))
+    half.write_text("\n".join(map(json.dumps, [gone[0], *rows[1:]])))
+    changes = {
+        "data.video_root": str(clips),
+        "data.bad_videos": "skip",
+        "data.validation": str(half),
+        "train.validate_every": 1,
+        "evaluation": {"manifest": str(half), "limit": 2},
+    }
+    plan = check_recipe(load_recipe(write_recipe(tmp_path, tiny_checkpoint, whole, changes)))
+    listed = {name: [(row.id, row.file) for row in found] for name, found in plan.skipped.items()}
+    missing = [(rows[0]["id"], str(clips / "gone.mp4"))]
+    # The row that training shows may have the id of one that validation lacks.
+    assert listed == {"train": [], "validation": missing, "evaluation": missing}
 
 
 def test_the_published_objective_takes_no_noise(

@@ -63,7 +63,7 @@ def test_check_with_videos_that_are_missing(
     code, output = invoke("check", recipe)
     assert code == 2 and "row 5: column 'video_path' names" in output
     code, output = invoke("check", recipe, "--set", "data.bad_videos=skip")
-    assert code == 0 and "note: 1 rows have no video and are skipped" in output
+    assert code == 0 and "note: 1 rows have no video and will be skipped" in output
 
 
 def test_data_shows_rows_as_they_are_asked(bench: Path, clips: Path) -> None:

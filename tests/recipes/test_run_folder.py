@@ -98,6 +98,16 @@ def test_metrics_of_a_run_without_checkpoint_are_dropped(tmp_path: Path) -> None
     assert run.metrics.read_text() == ""
 
 
+def test_a_resumed_run_says_that_its_rows_have_changed(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.claim_rows(["a", "b"], resumes=True) is None  # of a run that stored none
+    assert run.claim_rows(["a", "b"], resumes=True) is None
+    assert run.claim_rows(["a", "b", "c"], resumes=False) is None  # a fresh start
+    assert "2 now, 3 then" in (run.claim_rows(["a", "c"], resumes=True) or "")
+    assert "2 now, 2 then" in (run.claim_rows(["c", "a"], resumes=True) or "")
+    assert run.claim_rows(["c", "a"], resumes=True) is None
+
+
 def test_result_is_written_whole(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert run.result() is None

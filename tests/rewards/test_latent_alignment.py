@@ -163,12 +163,13 @@ def test_a_plain_video_model_will_do(tiny_checkpoint: Path, policy, clips: Path)
     assert values == pytest.approx(score(LatentAlignment(policy=str(policy[0])), rows))
 
 
-def test_more_latents_a_patch(policy, clips: Path):
+@pytest.mark.parametrize("tokens", [4, "all"])
+def test_more_latents_a_patch(policy, clips: Path, tokens: Any):
     folder, model, media = policy
     samples = read_manifest(clips / "manifest.jsonl")
-    targets = compute_targets(model, media, samples, tokens_per_patch=4)
+    targets = compute_targets(model, media, samples, tokens_per_patch=tokens)
     rows = [(samples[0], trajectory(samples[0], targets.of(0)))]
-    reward = LatentAlignment(policy=str(folder), tokens_per_patch=4)
+    reward = LatentAlignment(policy=str(folder), tokens_per_patch=tokens)
     assert score(reward, rows) == [pytest.approx(1.0, abs=1e-6)]
     assert score(LatentAlignment(policy=str(folder)), rows)[0] < 1.0 - 1e-4
 
@@ -222,6 +223,10 @@ def test_wrong_options_are_named(tmp_path: Path, clips: Path):
         LatentAlignment(policy="")
     with pytest.raises(RecipeError, match="tokens_per_patch is 0"):
         LatentAlignment(policy="p", tokens_per_patch=0)
+    with pytest.raises(RecipeError, match="tokens_per_patch is 'most'; .* or all"):
+        LatentAlignment(policy="p", tokens_per_patch="most")  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="decode_timeout_s is 0"):
+        LatentAlignment(policy="p", decode_timeout_s=0)
     with pytest.raises(RecipeError, match="capacity is '9'"):
         LatentAlignment(policy="p", capacity="9")  # type: ignore[arg-type]
     sample = read_manifest(clips / "manifest.jsonl")[0]

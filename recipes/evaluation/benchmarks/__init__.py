@@ -1,7 +1,7 @@
 """Benchmarks as presets: what is asked, shown, graded and broken down.
 
 The words that a policy is asked with are ours, as are the judge's; frames, lengths and the way of
-scoring are the published ones where they are public (`methods.md` 1.6; see each preset).
+scoring are the published ones where they are public (OpenGVLab/Future-L1; see each preset).
 """
 
 from recipes.evaluation.benchmarks.base import Benchmark, Breakdown

@@ -1,7 +1,7 @@
 """Grades from a language model: TwiFF-Bench's judge, behind any OpenAI-compatible chat server.
 
 The benchmark's judge gives the chain of thought and the answer 0 to 5 each, and reports their mean
-(`methods.md` 1.6). Its prompt is not public: ours is ``twiff_judge.jinja`` beside this file, so
+(OpenGVLab/Future-L1). Its prompt is not public: ours is ``twiff_judge.jinja`` beside this file, so
 figures compare with each other and not with published ones. It reads texts only (the release's
 `JUDGE_TEXT_ONLY`).
 """

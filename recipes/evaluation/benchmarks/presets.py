@@ -12,8 +12,8 @@ from rl.errors import RecipeError
 LETTER = "Give the letter of the right option inside <answer></answer>."
 TEXT = "Reason step by step, then give your final answer inside <answer></answer>."
 
-# methods.md 1.6: 32 frames, greedy, at most 2048 new tokens, first [ABCD] in <answer>. AVG is over
-# all questions: the published rows are not the means of their four columns.
+# Future-L1's release: 32 frames, greedy, at most 2048 new tokens, first [ABCD] in <answer>. AVG is
+# over all questions: the published rows are not the means of their four columns.
 FUTUREBENCH = Benchmark(
     name="futurebench",
     title="FutureBench",
@@ -31,7 +31,7 @@ FUTUREBENCH = Benchmark(
     overall="AVG",
 )
 
-# methods.md 1.6: 8 frames, at most 4096 new tokens, a judge's grades 0 to 5 for the chain of
+# Future-L1's release: 8 frames, at most 4096 new tokens, a judge's grades 0 to 5 for the chain of
 # thought and the answer, and the mean of the two.
 TWIFF_BENCH = Benchmark(
     name="twiff_bench",

@@ -13,13 +13,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rl.data.formats.reading import SampleSet, read_samples
+    from rl.data.formats.reading import SampleSet, SkippedRow, read_samples
     from rl.data.formats.recognise import FORMATS
 
-__all__ = ["FORMATS", "SampleSet", "read_samples"]
+__all__ = ["FORMATS", "SampleSet", "SkippedRow", "read_samples"]
 
 # Resolved on first use: `rl.data.manifest` is a format as well, and needs this package's parts.
-_HOMES = {"SampleSet": "reading", "read_samples": "reading", "FORMATS": "recognise"}
+_HOMES = {
+    **dict.fromkeys(("SampleSet", "SkippedRow", "read_samples"), "reading"),
+    "FORMATS": "recognise",
+}
 
 
 def __getattr__(name: str) -> Any:

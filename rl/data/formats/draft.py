@@ -63,9 +63,10 @@ class Format:
     own_ids: bool = False
 
 
-def finish(row: Row, draft: Draft, files: Files, default_id: str) -> Sample:
-    """Check and normalise a draft. Raises `DataError`, `MissingVideoError` for a clip that is not
-    there, always naming the row.
+def finish(row: Row, draft: Draft, files: Files, default_id: str) -> tuple[Sample, bool]:
+    """Check and normalise a draft; also whether its images stand for a video that it names and
+    that is not there. Raises `DataError`, `MissingVideoError` for a clip that is not there, always
+    naming the row.
     """
     named = {**{c: c for c in ("question", "answer", "options", "video")}, **draft.columns}
     question, options, answer = _normalised(row, draft, named)
@@ -90,8 +91,8 @@ def finish(row: Row, draft: Draft, files: Files, default_id: str) -> Sample:
     )
     # Where a clip's file is not there, its images are the frames shown; there are none to imagine.
     if stand_in and draft.pool and not draft.as_written:
-        return replace(sample, frames=(), imagine=(), reasoning=(), pool=0)
-    return sample
+        sample = replace(sample, frames=(), imagine=(), reasoning=(), pool=0)
+    return sample, stand_in and bool(draft.videos)
 
 
 def _clip(row: Row, draft: Draft, files: Files, column: str) -> tuple[str, tuple[str, ...], bool]:

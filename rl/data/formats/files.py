@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rl.data.rows import Row
-from rl.data.video import IMAGE_SUFFIXES
+from rl.data.video import images_in
 from rl.errors import DataError, MissingVideoError
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -23,6 +22,10 @@ class Files:
         self.root = root
         self._names: dict[str, list[Path]] | None = None
 
+    def path(self, name: str) -> Path:
+        """Where a file of this name would be."""
+        return (self.root / name).absolute()
+
     def video(
         self, row: Row, column: str, names: Sequence[str], *, search: bool = False
     ) -> tuple[str, tuple[str, ...]]:
@@ -32,22 +35,22 @@ class Files:
         its folder; there must be one such file below the root. Raises `MissingVideoError`, and
         `DataError` for a name that several files have.
         """
-        for name in names:
-            path = (self.root / name).absolute()
-            if path.is_file():
+        for name in names:  # os.path, because Path's own questions raise for too long a name
+            path = self.path(name)
+            if os.path.isfile(path):
                 return str(path), ()
-            if path.is_dir() and (images := _images(path)):
+            if os.path.isdir(path) and (images := images_in(str(path))):
                 return images[0], images
         if search:
             for name in names:
                 for suffix in VIDEO_SUFFIXES:
-                    path = (self.root / f"{name}{suffix}").absolute()
-                    if path.is_file():
+                    path = self.path(f"{name}{suffix}")
+                    if os.path.isfile(path):
                         return str(path), ()
                 if found := self._search(row, column, name):
-                    images = _images(found) if found.is_dir() else ()
+                    images = images_in(str(found)) if found.is_dir() else ()
                     return (images[0], images) if images else (str(found), ())
-        tried = (self.root / names[0]).absolute()
+        tried = self.path(names[0])
         suffixes = f"{', '.join(VIDEO_SUFFIXES[:-1])} or {VIDEO_SUFFIXES[-1]}"
         looked = f", nor one with {suffixes} anywhere below {self.root}" if search else ""
         raise MissingVideoError(
@@ -71,8 +74,8 @@ class Files:
             value = value.get("path")
         if not isinstance(value, str) or not value:
             raise row.wrong_type(column, value, "paths of images, or images as `datasets` has them")
-        path = (self.root / value).absolute()
-        if not path.is_file():
+        path = self.path(value)
+        if not os.path.isfile(path):
             raise MissingVideoError(
                 f"{row.where}: column {column!r} names {value!r}, and there is no file {path}; "
                 "correct the path or the video root"
@@ -90,19 +93,13 @@ class Files:
                     for key in keys:
                         self._names.setdefault(key, []).append(path)
         found = self._names.get(Path(name).name, [])
-        found = [f for f in found if not f.is_dir() or _images(f)]
+        found = [f for f in found if not f.is_dir() or images_in(str(f))]
         if len(found) > 1:
             raise DataError(
                 f"{row.where}: column {column!r} names {name!r}, and below {self.root} several "
                 f"clips are called so: {found[0]}, {found[1]}; give a video root that holds one"
             )
         return found[0].absolute() if found else None
-
-
-def _images(folder: Path) -> tuple[str, ...]:
-    names = [n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES)]
-    names.sort(key=lambda n: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", n)])
-    return tuple(str(folder / name) for name in names)
 
 
 def _stored(content: bytes) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rl.data.formats.draft import Format, finish
 from rl.data.formats.files import Files
@@ -19,18 +19,28 @@ from rl.trajectory import Sample
 _FIRST = 8  # rows that a format is recognised by
 
 
+class SkippedRow(NamedTuple):
+    """A row whose clip was not there. `file` is where it was looked for, "" if the row names
+    none.
+    """
+
+    id: str
+    file: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class SampleSet:
     """The rows of a data set.
 
-    `recognised` says in a sentence which data set it was taken for and why. `skipped` lists the
-    rows whose clip was not there, each with its id and the message.
+    `recognised` says in a sentence which data set it was taken for and why, and how many rows are
+    shown by pictures because their video is not there.
     """
 
     samples: list[Sample]
     recognised: str
     format: str
-    skipped: list[tuple[str, str]]
+    skipped: list[SkippedRow]
 
 
 def read_samples(
@@ -69,25 +79,35 @@ def read_samples(
     values = [row.values for row in first]
     chosen, recognised = choose_format(format, columns, values, str(source))
     files = Files(Path(video_root) if video_root is not None else opened.folder)
-    samples, skipped = _Samples(chosen), []
+    samples, stand_ins = _Samples(chosen), 0
+    skipped: list[SkippedRow] = []
     for raw in chain(first, opened.rows):
         row = Row(raw.where, raw.values, raw.source)
         for part, draft in enumerate(chosen.read(row), start=1):
             default = f"{opened.name}:{raw.number}" + (f":{part}" if part > 1 else "")
             try:
-                samples.add(finish(row, draft, files, default), raw.where)
+                sample, stands_in = finish(row, draft, files, default)
             except MissingVideoError as error:
                 if missing == "stop":
                     raise
-                skipped.append((draft.id or default, str(error)))
+                file = files.path(draft.videos[0]) if draft.videos else ""
+                skipped.append(SkippedRow(draft.id or default, str(file), str(error)))
+            else:
+                samples.add(sample, raw.where)
+                stand_ins += stands_in
         if limit is not None and len(samples.kept) >= limit:
             break
     if not samples.kept and skipped:
+        first_reason = skipped[0].reason
         raise MissingVideoError(
-            f"{source}: none of its {len(skipped)} rows has its video; the first: {skipped[0][1]}"
+            f"{source}: none of its {len(skipped)} rows has its video; the first: {first_reason}"
         )
     if not samples.kept:
         raise _empty(source)
+    if stand_ins:
+        recognised += (
+            f"; {stand_ins} rows are shown by pictures alone, because their video files are missing"
+        )
     return SampleSet(samples.kept[:limit], recognised, chosen.name, skipped)
 
 

@@ -80,13 +80,13 @@ def _folder(folder: Path, split: str | None) -> Source:
 
         saved = load_from_disk(str(folder))
         data = _one_split(saved, split, str(folder))
-        return Source(folder.name, folder, _arrow_rows(data, folder))
+        return Source(_name(folder.name, split), folder, _arrow_rows(data, folder))
     if _on_disk(folder):
         return _loaded(str(folder), None, split, folder=folder)
     for suffix in FILES:
         if files := sorted(folder.rglob(f"*{suffix}")):
             files = _of_split(folder, files, split)
-            return Source(folder.name, folder, _numbered(files))
+            return Source(_name(folder.name, split), folder, _numbered(files))
     raise DataError(
         f"{folder}: the folder holds no data ({', '.join(FILES)}, or a data set that `datasets` "
         "saved); name the file or folder with the rows"
@@ -130,7 +130,13 @@ def _loaded(name: str, config: str | None, split: str | None, *, folder: Path) -
         ) from error
     whole = f"{name}/{config}" if config else name
     data = _one_split(loaded, split, whole)
-    return Source(whole.replace("/", "_"), folder, _arrow_rows(data, Path(config or name)))
+    ids = _name(whole.replace("/", "_"), split)
+    return Source(ids, folder, _arrow_rows(data, Path(config or name)))
+
+
+def _name(source: str, split: str | None) -> str:
+    """What ids begin with: those of two splits must differ."""
+    return source if split is None else f"{source}:{split}"
 
 
 def _one_split(data: Any, split: str | None, name: str) -> Any:

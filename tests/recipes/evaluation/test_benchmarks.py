@@ -111,7 +111,7 @@ def done(recipe: Path) -> tuple[EvaluationRun, str]:
 
 
 def test_presets_are_published_ones() -> None:
-    """methods.md 1.6; and each is read by a reader that exists."""
+    """As published; and each is read by a reader that exists."""
     future, twiff = find_benchmark("futurebench"), find_benchmark("twiff_bench")
     assert (future.frames.count, future.max_new_tokens, future.scoring) == (32, 2048, "letter")
     assert (twiff.frames.count, twiff.max_new_tokens, twiff.scoring) == (8, 4096, "judge")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from recipes.schema.selection import PROBES, KeepSection, ProbingSection
 from recipes.selection.files import Selection
 from recipes.selection.probe_log import ProbeLog, check_fingerprints
 from recipes.selection.probes import ProbePrompts, Prober
-from recipes.selection.rules import Probe, Probed, choose
+from recipes.selection.rules import Probe, Probed, choose, sift
 from recipes.selection.run import probe, run_selection
 from rewards.registry import build_terms
 from rewards.scorer import RewardSet
@@ -43,8 +44,9 @@ from tests.tiny import tiny_processor
 
 
 def row(text: tuple[int, int], hinted: tuple[int, int]) -> Probed:
-    """Right and judged answers of both probes, of 10."""
-    return Probed(Probe(*text, 10 - text[1], 0), Probe(*hinted, 10 - hinted[1], 0))
+    """Right and judged answers of both probes; where none is judged, four have no verdict."""
+    one, two = (Probe(*probe, 0 if probe[1] else 4, 0) for probe in (text, hinted))
+    return Probed(one, two)
 
 
 ROWS = {
@@ -79,6 +81,15 @@ def test_rows_with_the_largest_gain_are_kept() -> None:
         "i": "kept",
     }
     assert ROWS["a"].gain == 0.5 and ROWS["d"].gain == -0.5 and ROWS["f"].gain is None
+
+
+def test_a_rate_over_few_verdicts_is_none() -> None:
+    # A judge that is down: what the rule calls right is judged, all else is not.
+    assert Probe(1, 1, 7, 0).rate is None and Probe(1, 3, 4, 0).rate is None
+    assert Probe(1, 4, 4, 0).rate == Fraction(1, 4)
+    down = Probed(Probe(0, 8, 0, 0), Probe(1, 1, 7, 0))
+    assert down.gain is None and not down.settled and sift(down, KeepSection()) == "unjudged"
+    assert Probed(skipped="broken").settled and row((0, 4), (1, 4)).settled
 
 
 def test_thresholds_decide_what_may_be_kept() -> None:
@@ -189,13 +200,13 @@ def test_frames_that_no_row_lists_come_from_the_rule(prober: Prober, samples: li
     """The clip has 8 frames, of which the rule shows 0, 4 (rounded half to even) and 7."""
     free = replace(samples[1], frames=(), imagine=((4, 5), (6,)))
     assert frames(prober, free) == [(0, 4, 7), (0, 4, 5, 6, 7)]
-    # Places of 4 in 8 frames: 1, 3, 5, 7.
-    assert frames(prober, replace(free, pool=4, imagine=((2,), (0,)))) == [
+    # Places of 4 in 8 frames: 1, 2, 4, 6.
+    assert frames(prober, replace(free, pool=4, imagine=((3,), (0,)))) == [
         (0, 4, 7),
-        (0, 1, 4, 5, 7),
+        (0, 1, 4, 6, 7),
     ]
     pooled = replace(free, pool=4, frames=(0, 1), imagine=((3,),))
-    assert frames(prober, pooled) == [(1, 3), (1, 3, 7)]
+    assert frames(prober, pooled) == [(1, 2), (1, 2, 6)]
 
 
 def frames(prober: Prober, sample: Sample) -> list[tuple[int, ...]]:
@@ -240,7 +251,7 @@ def test_a_line_that_was_not_finished_is_dropped(tmp_path: Path) -> None:
 COIN = """
 def coin(completion_ids, question, options, **_):
     assert set(question) == {"Where does the square go next?"} and len(options[0]) == 4
-    return [None if sum(ids) % 5 == 0 else float(sum(ids) % 2) for ids in completion_ids]
+    return [None if sum(ids) % 7 == 0 else float(sum(ids) % 2) for ids in completion_ids]
 """
 
 

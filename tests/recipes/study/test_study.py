@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from recipes.configs import trainer_config
+from recipes.loading import load_recipe
 from recipes.quickstart.perception import Perception
+from recipes.study import world
 from recipes.study.chain import Chain, Scale
 from recipes.study.main import run_study
 from recipes.study.table import cell, interval, markdown
@@ -16,6 +19,7 @@ from recipes.study.variants import VARIANTS
 from recipes.study.world import row_of
 from rl.errors import RecipeError
 
+FOLDER = Path(world.__file__).parent
 _STEPS = {"train.max_steps": 1, "train.batch_size": 2, "train.micro_batch": 2, "train.warmup": 0}
 TINY = Scale(
     candidates=8,
@@ -89,7 +93,8 @@ def test_rows() -> None:
         text = row_of(0, "train", i, "text")
         assert text["answer"] == row["answer"] and "imagine" not in text
         assert text["reasoning"].split()[-1] == row["reasoning"][-1]
-        assert len(text["reasoning"].split()) in (hops, 3 * hops)
+        words = text["reasoning"].split()
+        assert len(words) == (1 + 3 * hops if words[0] == "next" else hops)
         assert row_of(0, "train", i, "seen")["frames"] == list(range(4 + 6 * hops))
 
 
@@ -108,3 +113,10 @@ def test_variants_change_what_they_say() -> None:
     left = [reward["use"] for reward in VARIANTS["no_contrast"].rl["rewards"]]
     assert left == ["accuracy", "format", "temporal_diversity"]
     assert VARIANTS["published"].rl["train.objective"] == "published"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_a_recipe_that_its_trainer_takes(name: str, tmp_path: Path) -> None:
+    settings = [f"{key}={json.dumps(value)}" for key, value in VARIANTS[name].rl.items()]
+    recipe = load_recipe(FOLDER / "la_dapo.yaml", [f"output={tmp_path}", *settings])
+    assert trainer_config(recipe).max_steps == 40

@@ -266,7 +266,7 @@ def test_a_pool_a_window_and_images(samples: list[Sample], tmp_path: Path) -> No
     row = replace(samples[3], frames=(0, 3), imagine=((4,),), pool=5)  # 12 frames, 8 a second
     assert processor.key(row).frames == (1, 8)
     assert processor.key(row, row.imagine[0]).frames == (10,)
-    assert processor.key(replace(row, window=(0.5, 1.25))).frames == (4, 8)
+    assert processor.key(replace(row, window=(0.5, 1.25))).frames == (5, 7)
     files = []
     for i, frame in enumerate(moving_square(3)):
         Image.fromarray(frame).save(tmp_path / f"{i}.png")
@@ -279,6 +279,18 @@ def test_a_pool_a_window_and_images(samples: list[Sample], tmp_path: Path) -> No
     np.testing.assert_array_equal(
         read_frames("row 7", [2, 0], images=files), moving_square(3)[[2, 0]]
     )
+
+
+def test_a_picture_without_a_suffix_is_read_as_a_picture(tmp_path: Path) -> None:
+    processor = MediaProcessor(tiny_processor())
+    noise = np.random.default_rng(0).integers(0, 255, (64, 128, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg")  # whose colours FFmpeg smooths otherwise
+    bare = tmp_path / "a"
+    bare.write_bytes((tmp_path / "a.jpg").read_bytes())
+    named = Sample("s", str(tmp_path / "a.jpg"), "?", "A")
+    held = replace(named, video=str(bare), images=(str(bare),))
+    expected, got = (processor.process(processor.key(s)).inputs for s in (named, held))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 def test_a_file_that_changes_is_another_clip(tmp_path: Path) -> None:

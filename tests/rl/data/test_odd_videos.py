@@ -6,6 +6,9 @@ import os
 import re
 import signal
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +21,7 @@ from PIL import Image
 
 from rl.data import decoding, probe, read_clip, read_frames, video
 from rl.data.readers import DecordReader, PyAVReader
-from rl.errors import FrameError, VideoError, VideoTimeoutError
+from rl.errors import DecoderError, FrameError, VideoError, VideoTimeoutError
 
 WHITE = 235
 
@@ -263,6 +266,23 @@ def test_frames_that_are_not_there(tmp_path: Path) -> None:
 # -- the process that decodes ----------------------------------------------------------------------
 
 
+PARENT = """
+import subprocess, sys, time
+from multiprocessing import Pipe
+end, other = Pipe()
+started = subprocess.Popen(
+    [sys.executable, "-P", sys.argv[1], str(other.fileno()), "0"],
+    pass_fds=[other.fileno()],
+    stdout=subprocess.DEVNULL,
+)
+end.recv()
+end.send(("images", "a", (sys.argv[2],), "", (0,), False))
+time.sleep(0.5)
+print(started.pid, flush=True)
+time.sleep(60)
+"""
+
+
 def child() -> int:
     process = decoding.decoder()._process
     assert process is not None
@@ -287,6 +307,90 @@ def test_every_reader_hangs(tmp_path: Path) -> None:
     with pytest.raises(VideoTimeoutError, match=r"a\.mp4: pyav did not decode it within 0 s"):
         read_frames(path, [0], timeout_s=0.0)
     assert read_frames(path, [0]).shape == (1, 64, 96, 3)
+
+
+def test_only_what_the_first_reader_refuses_is_left_to_the_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, refused = write(tmp_path / "a.mp4", count=3), write(tmp_path / "b.mp4", count=4)
+    decoder = decoding.Decoder()
+    asked: list[tuple[str, str]] = []
+    ask = decoder._ask
+
+    def first_fails(request: Any, timeout_s: float) -> Any:
+        asked.append((request[0], Path(request[1]).name))
+        if request[0] == "decord":
+            raise VideoTimeoutError("late") if request[1] == str(late) else VideoError("no")
+        return ask(request, timeout_s)
+
+    monkeypatch.setattr(decoder, "_ask", first_fails)
+    try:
+        for clip in (video.find_clip(late), video.find_clip(refused)) * 2:
+            decoder.read(clip, (0,), False, 60.0)
+    finally:
+        decoder.close()
+    a, b = [("decord", "a.mp4"), ("pyav", "a.mp4")], [("decord", "b.mp4"), ("pyav", "b.mp4")]
+    assert asked == [*a, *b, *a, b[1]]
+    assert decoder.clips_by_second_reader == 2
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("raise SystemExit(7)", "ended with code 7 as it started"),
+        ("import time; time.sleep(60)", "was not ready within 0.2 s"),
+        (None, "cannot be started .*No such file"),
+        (
+            "import sys; from multiprocessing.connection import Connection; "
+            "Connection(int(sys.argv[1])).send(())",
+            "ends as soon as it has started",
+        ),
+    ],
+)
+def test_a_machine_that_cannot_decode_is_no_broken_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str | None, message: str
+) -> None:
+    clip = video.find_clip(write(tmp_path / "a.mp4", count=2))
+    if program is None:
+        monkeypatch.setattr(decoding.sys, "executable", str(tmp_path / "none"))
+    else:
+        (tmp_path / "program.py").write_text(program)
+        monkeypatch.setattr(decoding.readers, "__file__", str(tmp_path / "program.py"))
+    if "sleep" in (program or ""):
+        monkeypatch.setattr(decoding, "_START_S", 0.2)
+    if "send" in (program or ""):  # it is ready, and gone before it is asked
+        wait = decoding._Process._await_start
+        monkeypatch.setattr(
+            decoding._Process, "_await_start", lambda p: (wait(p), p._process.wait())[0]
+        )
+    before = len(os.listdir("/proc/self/fd"))
+    decoder = decoding.Decoder()
+    with pytest.raises(DecoderError, match=message) as caught:
+        decoder.read(clip, (0,), True, 5.0)
+    assert not isinstance(caught.value, VideoError)
+    assert len(os.listdir("/proc/self/fd")) == before  # no memory or pipe is left open
+
+
+def test_the_process_ends_with_a_killed_parent(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "hangs.png")  # opening it waits for a writer who never comes
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, decoding.readers.__file__, str(tmp_path / "hangs.png")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    with parent, parent.stdout:
+        hanging = int(parent.stdout.readline())
+        parent.kill()
+    ends = time.monotonic() + 10.0
+    while Path(f"/proc/{hanging}/cmdline").exists() and time.monotonic() < ends:
+        if not Path(f"/proc/{hanging}/cmdline").read_bytes():
+            break  # dead, and not collected yet
+        time.sleep(0.1)
+    else:
+        if Path(f"/proc/{hanging}").exists():
+            os.kill(hanging, signal.SIGKILL)
+            pytest.fail("the decoding process outlives the one that started it")
 
 
 def test_a_crash_takes_nothing_with_it(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoProcessor
 
 from rl.data import MediaProcessor, read_manifest
-from rl.errors import DataError
+from rl.errors import DataError, VideoError
 from rl.policy.model import make_policy
 from rl.policy.protocol import LatentProtocol
 from rl.policy.vision import vision_tower
@@ -103,6 +103,28 @@ def test_damaged_files_are_replaced(world: World) -> None:
         assert same(world.run(), whole) and world.calls == 1
         assert why in world.told[0] and str(world.path) in world.told[0]
         assert same(world.run(), whole) and world.calls == 0
+
+
+def test_a_video_that_took_too_long_is_not_remembered(world: World) -> None:
+    hasty = MediaProcessor(world.media.processor, decode_timeout_s=1e-6)
+    patient, world.media, world.rows = world.media, hasty, world.rows[:1]
+    lost: list[str] = []
+    world.run(on_broken=lambda sample, _: lost.append(sample.id))
+    assert lost == ["clip0"] and not world.path.exists()
+    assert "not written, because 1 videos took too long, such as 'clip0'" in world.told[0]
+    world.media = patient
+    assert len(world.run().features) and world.path.exists()
+
+
+def test_what_cannot_be_read_says_where_that_was_found(world: World, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    world.rows = [replace(world.rows[0], video=str(broken)), world.rows[1]]
+    world.run(on_broken=lambda *_: None)
+    with pytest.raises(
+        VideoError, match=r"broken\.mp4: .*so .*targets\.safetensors says; delete it"
+    ):
+        world.run()
 
 
 def test_a_folder_is_refused(world: World) -> None:

@@ -134,6 +134,10 @@ def test_twiff_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row, row | {"answer": "It stops."}, row | {"video": "gone.mp4"}]
     file = write(tmp_path, "test-00000-of-00001.parquet", rows, ("a.mp4",))
     first, plain, shown = read(file, "twiff_bench")
+    said = "1 rows are shown by pictures alone, because their video files are missing"
+    assert read_samples(file).recognised.endswith(said)
+    whole = write(tmp_path, "whole.parquet", rows[:2])
+    assert "shown by pictures" not in read_samples(whole).recognised
     assert (first.question, first.answer) == ("What next?", "It stops.")
     assert (first.pool, first.frames, first.imagine) == (8, (0, 1), ((5,),))
     assert first.reasoning == ("It rolls.", "Then")
