@@ -2,11 +2,12 @@
 clips a second, and of what raw decord does at the same size.
 
 Raw decord opens each file in this process and takes the same frames out of it, nothing else. Ours
-is all that a rollout worker does: the decoding process, shared memory, the video processor. While
-one clip is processed the next is decoded, so a second core must be free: on a busy machine the
-clips a second mean little. The CPU times say what they would be on a free one: raw decord's divided
-by the larger of ours, those of the decoding process and of this one. All take turns and the best of
-the rounds counts, as other work only ever slows down. The clips are H.264 with noise, made here.
+is all that a rollout worker does with a new clip: the decoding process, which also describes it,
+shared memory, the video processor. While one clip is processed the next is decoded, so a second
+core must be free: on a busy machine the clips a second mean little. The CPU times say what they
+would be on a free one: raw decord's divided by the larger of ours, those of the decoding process
+and of this one. All take turns and the best of the rounds counts, as other work only ever slows
+down. The clips are H.264 with noise, made here.
 
 The second table counts the clips that were decoded for a step of groups of several sizes.
 
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-from rl.data import decoding
+from rl.data import decoding, video
 from rl.data.frames import FrameRule
 from rl.data.media import MediaProcessor
 from rl.data.video import read_each
@@ -50,7 +51,7 @@ def write_clip(path: Path, height: int, width: int, seconds: int, seed: int) -> 
         stream: Any = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast"})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for i in range(seconds * FPS):
-            frame = picture[i : i + height, 2 * i % 300 : 2 * i % 300 + width]
+            frame = picture[i % 300 : i % 300 + height, 2 * i % 300 : 2 * i % 300 + width]
             noise = rng.integers(0, 24, (height, width, 1), dtype=np.uint8)
             pixels = np.ascontiguousarray(frame // 2 + noise)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
@@ -77,7 +78,13 @@ def raw(keys: Sequence[MediaKey]) -> None:
         decord.VideoReader(key.path, num_threads=1).get_batch(list(key.frames)).asnumpy()
 
 
+def forget() -> None:
+    """Have clips described anew, as a worker has each clip that it meets for the first time."""
+    video._infos._values.clear()
+
+
 def decoded(keys: Sequence[MediaKey]) -> None:
+    forget()
     for _ in read_each([key.path for key in keys], keys[0].frames):
         pass
 
@@ -117,6 +124,7 @@ def measure(size: str, clips: int, seconds: int, rounds: int, folder: Path) -> n
     keys = [media.key(Sample(file.name, str(file), "?", "A")) for file in files]
 
     def processed() -> None:
+        forget()
         for key, ahead in zip_longest(keys, keys[1:]):
             media.process(key, ahead)
 

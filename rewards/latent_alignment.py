@@ -72,8 +72,9 @@ class LatentAlignment:
 
     The targets come from the vision tower of the model in `policy`, as it was saved: training does
     not move them. It is a policy or a plain video model and should be the one that the run starts
-    from, with the same `tokens_per_patch` as its SFT, a number or "all". It is loaded at the first call, to the GPU if
-    there is one, and only its tower is kept. The targets of the last `capacity` rows are kept too.
+    from, with the same `tokens_per_patch` as its SFT, a number or "all". It is loaded at the first
+    call, to the GPU if there is one, and only its tower is kept. The targets of the last `capacity`
+    rows are kept too.
 
     Rows without `imagine` and trajectories without latents have no value (None); where a row's
     video cannot be decoded, in `decode_timeout_s` seconds a reader, its trajectories are `Invalid`.
@@ -106,7 +107,7 @@ class LatentAlignment:
                 f"latent_alignment: decode_timeout_s is {decode_timeout_s!r}; give seconds above 0"
             )
         self.policy = policy
-        self.tokens_per_patch = tokens_per_patch
+        self.tokens_per_patch: int | Literal["all"] = tokens_per_patch
         self.capacity = capacity
         self.decode_timeout_s = decode_timeout_s
         self._tower: tuple[Any, Any] | None = (

@@ -139,8 +139,8 @@ class GroupCollector:
                 (kept if trained else dropped).append(CollectedGroup(group, list(outcome), trained))
             missing = wanted - len(kept)
             pending = []
-            if missing and refills < self._max_refills and filtering:
-                pending, lost = self._readable(self._refill(missing))
+            while not pending and missing and refills < self._max_refills and filtering:
+                pending, lost = self._readable(self._refill(missing), needed=False)
                 if lost:
                     reasons["video"] += lost
                 refills += 1
@@ -170,9 +170,12 @@ class GroupCollector:
             requests.append(RolloutRequest(sample, self._seeds(here, size), sampling))
         return [list(row) for row in self._scorer.outcomes(self._rollouts.generate(requests))]
 
-    def _readable(self, samples: Sequence[Sample]) -> tuple[list[Sample], int]:
+    def _readable(
+        self, samples: Sequence[Sample], *, needed: bool = True
+    ) -> tuple[list[Sample], int]:
         """The samples whose clips can be shown, with "replace" others in the places of those that
-        cannot, and how many those were. At least one: if none is left, others are tried.
+        cannot, and how many those were. If `needed`, at least one: where none is left, others are
+        tried.
         """
         if self._broken.rule == "stop":
             return list(samples), 0
@@ -186,7 +189,7 @@ class GroupCollector:
                 if sample is not None and sample.id in self._broken:
                     places[place], lost = None, lost + 1
             empty = [place for place, sample in enumerate(places) if sample is None]
-            if self._broken.rule == "skip" and len(empty) < len(places):
+            if self._broken.rule == "skip" and (len(empty) < len(places) or not needed):
                 empty = []
             drawn = self._refill(min(len(empty), tries))
             if not drawn:
@@ -195,7 +198,7 @@ class GroupCollector:
             for place, sample in zip(empty, drawn, strict=False):
                 places[place] = sample
         left = [sample for sample in places if sample is not None]
-        if not left:
+        if needed and not left:
             last = self._broken.rows[-1]
             raise VideoError(
                 f"no clip of a step can be shown, nor of {len(self._samples)} rows tried in their "

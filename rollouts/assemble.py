@@ -17,7 +17,7 @@ from rl.data.media import MediaProcessor
 from rl.errors import DataError, RolloutError, TrajectoryError, VideoError
 from rl.interfaces import Media, MediaSource, WeightUpdate
 from rl.policy.protocol import LatentProtocol, LatentTokens
-from rl.trajectory import RolloutRequest, Sample, Trajectory
+from rl.trajectory import MediaKey, RolloutRequest, Sample, Trajectory
 from rl.weights import state_checksum
 
 
@@ -52,9 +52,15 @@ class Assembler:
             )
 
     def trajectory(
-        self, request: RolloutRequest, seed: int, prompt: np.ndarray, drawn: Sampled, version: int
+        self,
+        request: RolloutRequest,
+        seed: int,
+        prompt: np.ndarray,
+        shown: tuple[MediaKey, ...],
+        drawn: Sampled,
+        version: int,
     ) -> Trajectory:
-        """The trajectory of one seed of `request`.
+        """The trajectory of one seed of `request`, whose `prompt` showed the clips `shown`.
 
         Raises `TrajectoryError` if what was drawn has a log-prob that is no number, and
         `ProtocolError` if it breaks the protocol.
@@ -78,7 +84,7 @@ class Assembler:
             latent_logprobs=np.array(drawn.latent_logprobs, dtype=np.float64),
             span_lengths=trace.span_lengths,
             filler=self.tokens.filler,
-            media=(self.processor.key(request.sample),),
+            media=shown,
             policy_version=version,
             finish_reason="stop" if stopped else "length",
             sampling=request.sampling,

@@ -164,7 +164,7 @@ class TransformersEngine:
                 use_cache=True,
             ).last_hidden_state[:, -1]
             next_position = next_position + 1
-        return self._trajectories(requests, rows, prompts)
+        return self._trajectories(requests, rows, prompts, clips)
 
     def _prompt_batch(
         self, prompts: Sequence[np.ndarray], clips: Sequence[Sequence[Media]]
@@ -275,6 +275,7 @@ class TransformersEngine:
         requests: Sequence[RolloutRequest],
         rows: Sequence[_Row],
         prompts: Sequence[np.ndarray],
+        clips: Sequence[Sequence[Media]],
     ) -> list[list[Trajectory]]:
         members: list[list[Trajectory]] = [[] for _ in requests]
         width = self.policy.config.get_text_config().hidden_size
@@ -288,9 +289,9 @@ class TransformersEngine:
                 torch.stack(row.latents).cpu() if row.latents else nothing,
                 row.latent_logprobs,
             )
-            prompt = prompts[row.request]
+            prompt, shown = prompts[row.request], tuple(c.key for c in clips[row.request])
             members[row.request].append(
-                self._assembler.trajectory(request, row.seed, prompt, drawn, self.version)
+                self._assembler.trajectory(request, row.seed, prompt, shown, drawn, self.version)
             )
         return members
 

@@ -14,7 +14,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from rl.errors import ForesightError, RolloutError
 from rl.interfaces import MediaSource
-from rl.trajectory import RolloutRequest, Trajectory
+from rl.trajectory import MediaKey, RolloutRequest, Trajectory
 from rollouts.assemble import Assembler, Sampled, clip_of
 from rollouts.vllm_prompts import engine_prompt
 from rollouts.vllm_slots import unpack
@@ -39,6 +39,7 @@ class _Job:
 @dataclass(frozen=True)
 class _Prompt:
     ids: np.ndarray  # int64 [P]
+    shown: tuple[MediaKey, ...]  # its clips
     inputs: Any  # what vLLM takes
 
 
@@ -119,7 +120,7 @@ class Batch:
             merge_size=processor.merge_size,
             dtype=self._llm.model_config.dtype,
         )
-        return _Prompt(ids, inputs)
+        return _Prompt(ids, (clip.key,), inputs)
 
     def _begin(self, job: _Job) -> None:
         self._untaken.add(job.key)
@@ -194,7 +195,7 @@ class Batch:
         drawn = _unpacked(list(output.outputs[0].token_ids), packed, self._assembler.tokens.filler)
         try:
             trajectory = self._assembler.trajectory(
-                request, request.seeds[job.member], prompt.ids, drawn, self._version
+                request, request.seeds[job.member], prompt.ids, prompt.shown, drawn, self._version
             )
         except ForesightError as error:
             self._fail(job, str(error), again=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from string import ascii_uppercase
@@ -146,14 +147,19 @@ class Row:
             )
         return tuple(texts)
 
-    def places(self, column: str, pool: int) -> list[int]:
-        """Numbers 1 to `pool` as places from 0."""
+    def places(self, column: str, pool: int, *, ascend: bool = False) -> list[int]:
+        """Numbers 1 to `pool` as places from 0; whether they must `ascend`."""
         value = self.get(column)
         numbers = [value] if isinstance(value, int) else value if value is not None else []
         if not isinstance(numbers, list) or not all(
             type(i) is int and 1 <= i <= pool for i in numbers
         ):
             raise self.wrong_type(column, value, f"a list of numbers from 1 to {pool}")
+        if ascend and any(b <= a for a, b in pairwise(numbers)):
+            raise DataError(
+                f"{self.where}: column {column!r} holds {numbers}; frames must ascend without "
+                "repeats"
+            )
         return [number - 1 for number in numbers]
 
     def window(self, start: str, end: str) -> tuple[float, float] | None:
@@ -162,7 +168,7 @@ class Row:
         if bounds == [None, None]:
             return None
         if not all(isinstance(b, int | float) and not isinstance(b, bool) for b in bounds) or not (
-            0 <= bounds[0] < bounds[1]
+            0 <= bounds[0] < bounds[1] < math.inf
         ):
             raise DataError(
                 f"{self.where}: columns {start!r} and {end!r} are {bounds}; write the seconds "

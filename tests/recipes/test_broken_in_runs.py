@@ -32,7 +32,15 @@ def manifest(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
 
 @pytest.mark.parametrize("rule", ["skip", "replace"])
 def test_a_run_goes_on(tmp_path: Path, tiny_checkpoint: Path, manifest: Path, rule: str) -> None:
-    changes = {"data.bad_videos": rule, "train.prompts_per_step": 3, "train.filter_groups": False}
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    gone = tmp_path / "gone.jsonl"  # has the id of a row that is trained on
+    gone.write_text("\n".join(map(json.dumps, [{**rows[0], "video": "gone.mp4"}, rows[2]])))
+    changes = {
+        "data.bad_videos": rule,
+        "train.prompts_per_step": 3,
+        "train.filter_groups": False,
+        "evaluation": {"manifest": str(gone), "modes": ["free"]},
+    }
     path = write_recipe(tmp_path, tiny_checkpoint, manifest, changes)
     run_recipe(load_recipe(path), Console(file=io.StringIO()))
     logged = [
@@ -41,8 +49,11 @@ def test_a_run_goes_on(tmp_path: Path, tiny_checkpoint: Path, manifest: Path, ru
     trained = [row["groups/trained"] for row in logged if "groups/trained" in row]
     assert trained == pytest.approx([2 / 3 if rule == "skip" else 1.0] * 2)
     assert all(row["groups/video"] >= 1 for row in logged if "groups/trained" in row)
-    (row,) = map(json.loads, (tmp_path / "run/skipped.jsonl").read_text().splitlines())
+    row, lost = map(json.loads, (tmp_path / "run/skipped.jsonl").read_text().splitlines())
     assert row["file"].endswith("noise.mp4") and row["id"] in row["reason"]
+    assert (lost["id"], lost["file"]) == (rows[0]["id"], str(tmp_path / "gone.mp4"))
+    evaluation = json.loads((tmp_path / "run/result.json").read_text())["evaluation"]
+    assert evaluation["skipped"] == {rows[0]["id"]: lost["reason"]}
 
 
 def test_a_run_stops(tmp_path: Path, tiny_checkpoint: Path, manifest: Path) -> None:

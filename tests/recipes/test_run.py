@@ -65,6 +65,7 @@ def test_sft_run_leaves_everything(sft: Path) -> None:
     folder = sft.parent / "run"
     assert {p.name for p in folder.iterdir()} == {
         "recipe.yaml",
+        "rows.json",
         "start",
         "checkpoints",
         "metrics.jsonl",

@@ -223,7 +223,7 @@ def test_wrong_options_are_named(tmp_path: Path, clips: Path):
         LatentAlignment(policy="")
     with pytest.raises(RecipeError, match="tokens_per_patch is 0"):
         LatentAlignment(policy="p", tokens_per_patch=0)
-    with pytest.raises(RecipeError, match="tokens_per_patch is 'most'; .* or all"):
+    with pytest.raises(RecipeError, match=r"tokens_per_patch is 'most'; .* or all"):
         LatentAlignment(policy="p", tokens_per_patch="most")  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="decode_timeout_s is 0"):
         LatentAlignment(policy="p", decode_timeout_s=0)

@@ -261,6 +261,25 @@ def test_when_no_clip_can_be_shown_the_search_ends(rule):
     assert made.cursor == 10
 
 
+@pytest.mark.parametrize("rule", ["skip", "replace"])
+def test_refills_without_a_clip_leave_the_step_what_it_has(rule):
+    bad = [s.id for s in SAMPLES]
+    made, rollouts = collector(max_refills=3, bad=bad, broken=BrokenClips(rule=rule))
+    step = [Sample("s10", "clip.mp4", "?", "A"), Sample("s11", "clip.mp4", "?", "A")]
+    found = made.collect(step, 2, Sampling(), "0")
+    assert asked(rollouts) == [["s10", "s11"]] and found.refills == 3
+    handed = [(c.group.sample.id, c.trained) for c in found.groups]
+    assert handed == [("s11", True), ("s10", False)]
+
+
+def test_a_refill_without_a_clip_is_not_the_last():
+    plain, _ = collector()
+    drawn = [s.id for s in plain._refill(3)]
+    made, rollouts = collector(max_refills=3, bad=drawn[:2], broken=BrokenClips(rule="skip"))
+    made.collect([Sample("s10", "clip.mp4", "?", "A")], 2, Sampling(), "0")
+    assert asked(rollouts)[1] == drawn[2:]
+
+
 def test_skipping_a_whole_step_takes_one_other_row():
     made, rollouts = collector(bad=["s0", "s1"], broken=BrokenClips(rule="skip"))
     found = made.collect(SAMPLES[:2], 2, Sampling(), "0", filtering=False)

@@ -59,7 +59,10 @@ def assert_same(ours, theirs, atol=1e-5):
 
 def test_groups_come_back_whole_and_in_order(build, samples, tmp_path):
     engine = build(*thinking_policy(tmp_path / "p"), max_batch_size=5)
+    looked_up, key = [], engine.processor.key
+    engine.processor.key = lambda sample: (looked_up.append(sample.id), key(sample))[1]
     groups = engine.generate(requests_for(samples, 3))
+    assert looked_up == [s.id for s in samples]  # a look at the file for each group, before it
     assert [g.sample.id for g in groups] == [s.id for s in samples]
     assert [[t.seed for t in g] for g in groups] == [
         [1000 * i + k for k in range(3)] for i in range(4)

@@ -27,7 +27,7 @@ def _future_l1(row: Row) -> Iterator[Draft]:
         question,
         answer if answer is not None else tagged,
         pieces,
-        shown=row.places("image", POOL),
+        shown=row.places("image", POOL, ascend=True),
         spans=row.places("reasoning_image", POOL),
     )
 
@@ -74,7 +74,7 @@ def _twiff(row: Row) -> Iterator[Draft]:
         question,
         answer,
         pieces,
-        shown=row.places("frames", POOL),
+        shown=row.places("frames", POOL, ascend=True),
         spans=row.places("recon_frames", POOL),
     )
 
@@ -91,7 +91,7 @@ def _twiff_bench(row: Row) -> Iterator[Draft]:
         row.text("question"),
         answer,
         pieces,
-        shown=row.places("question_images_index", POOL),
+        shown=row.places("question_images_index", POOL, ascend=True),
         spans=row.places("reasoning_images_index", POOL),
     )
     draft.images = row.get("question_images") or []
@@ -127,7 +127,7 @@ def _taught(
         question=without_media(question),
         answer=answer,
         videos=[video] if video else [],
-        frames=row.frames("image", shown) if shown else (),
+        frames=tuple(shown),
         imagine=tuple((place,) for place in spans),
         reasoning=pieces,
         pool=POOL,

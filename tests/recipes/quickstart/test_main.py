@@ -18,6 +18,8 @@ from rl.checkpoints import STATE_FILE
 from rl.errors import RecipeError
 from rl.policy.model import load_policy
 
+pytestmark = pytest.mark.slow  # `tests/recipes/study` goes through all stages in seconds
+
 COMMAND = [sys.executable, "-c", "from recipes.cli import app; app()", "quickstart", "--output"]
 
 

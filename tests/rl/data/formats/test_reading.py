@@ -108,7 +108,10 @@ def test_data_sets_of_datasets(clip: Path) -> None:
 
 def test_a_mapping(clip: Path) -> None:
     file = write(clip, "t.jsonl", [THEIRS, THEIRS | {"label": "up", "from": None, "to": None}])
-    found = read_samples(file, columns=COLUMNS | {"start": "from", "end": "to"})
+    window = COLUMNS | {"start": "from", "end": "to"}
+    endless = write(clip, "e.jsonl", [THEIRS | {"to": float("inf")}])
+    assert "'to' are [0.5, inf]; write the seconds" in refused(endless, columns=window)
+    found = read_samples(file, columns=window)
     first, second = found.samples
     assert found.recognised.startswith("columns: video is clip, question is text.query, ")
     assert (first.question, first.options, first.answer) == ("Next?", ("up", "down"), "B")

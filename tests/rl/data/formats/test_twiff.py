@@ -52,7 +52,7 @@ def test_future_l1(tmp_path: Path) -> None:
         ({"reasoning_image": [5]}, "have 2 pictures, and the row lists 1 frames"),
         ({"reasoning_image": [5, 9]}, "'reasoning_image' is a list ([5, 9]); write a list of num"),
         ({"image": [0]}, "numbers from 1 to 8"),
-        ({"image": [3, 1]}, "must ascend"),
+        ({"image": [3, 1]}, "'image' holds [3, 1]; frames must ascend"),
         ({"conversations": FUTURE_L1["conversations"][1:2]}, "must alternate"),
         ({"conversations": FUTURE_L1["conversations"][1:] * 2}, "has 2 questions; give each a row"),
         ({"conversations": [{"from": "human", "value": 3}]}, "turns with texts"),
@@ -109,6 +109,9 @@ def test_twiff(tmp_path: Path) -> None:
     assert (sample.question, sample.answer) == ("What next?", "It is left.")
     assert (sample.pool, sample.frames, sample.imagine) == (8, (0,), ((3,), (6,)))
     assert sample.reasoning == ("Up.", "Over.", "So:")
+    unsorted = write(tmp_path, "unsorted.jsonl", [row | {"frames": [3, 1]}])
+    with pytest.raises(DataError, match=r"column 'frames' holds \[3, 1\]; frames must ascend"):
+        read_samples(unsorted)  # the row's own numbers
     row["conversations"][2]["value"] = "<rimage><rimage>left"
     with pytest.raises(DataError, match=r"line 1: .* has no <ans>"):
         read_samples(write(tmp_path, "bad.jsonl", [row]))
