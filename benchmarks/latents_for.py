@@ -45,13 +45,13 @@ from recipes.quickstart.tiles import TILES
 from recipes.quickstart.world import write_world
 from recipes.quickstart.worlds import World
 from recipes.run import run_recipe
-from rl.checkpoints import write_json
 from rl.data.manifest import read_manifest
 from rl.data.media import MediaProcessor
 from rl.export import whole_folder
 from rl.policy.heads import HeadConfig
 from rl.policy.model import load_policy, make_policy
 from rl.policy.protocol import LatentProtocol
+from rl.writing import write_json
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart" / "sft_imagine.yaml"
 SPLITS = {"train": 2048, "validation": 512, "held_out": 512}

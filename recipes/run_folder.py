@@ -26,9 +26,10 @@ import yaml
 
 from recipes.loading import dump_recipe
 from recipes.schema import RecipeBase
-from rl.checkpoints import last_complete, read_state, write_json, write_text
+from rl.checkpoints import last_complete, read_state
 from rl.errors import RecipeError
 from rl.export import CHECKPOINTS, POLICY, START
+from rl.writing import write_json, write_text
 
 
 @dataclass(frozen=True)

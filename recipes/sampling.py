@@ -38,14 +38,6 @@ from rollouts.worker import EngineSpec
 _SIDE_BY_SIDE = 32  # answers of an engine in the trainer's own process (SFT)
 
 
-def start_pool(
-    spec: EngineSpec, media: MediaProcessor, workers: int, console: Console, **options: Any
-) -> RolloutPool:
-    """A `RolloutPool` with these `options`; says so while the workers start."""
-    with console.status(f"starting {workers} rollout workers"):
-        return RolloutPool(spec, media, workers, **options)
-
-
 def evaluate_with_bar(
     sampler: Sampler,
     samples: Sequence[Sample],
@@ -109,17 +101,17 @@ def pool_of(
         system_prompt=recipe.data.system_prompt,
         threads=max(1, int(settings.cpus_per_worker)),
     )
-    return start_pool(
-        spec,
-        media,
-        settings.workers,
-        console,
-        address=settings.ray.address,
-        timeout=settings.timeout_s,
-        media_gb=recipe.data.media_cache_gb,
-        cpus_per_worker=settings.cpus_per_worker,
-        gpus_per_worker=gpus,
-    )
+    with console.status(f"starting {settings.workers} rollout workers"):
+        return RolloutPool(
+            spec,
+            media,
+            settings.workers,
+            address=settings.ray.address,
+            timeout=settings.timeout_s,
+            media_gb=recipe.data.media_cache_gb,
+            cpus_per_worker=settings.cpus_per_worker,
+            gpus_per_worker=gpus,
+        )
 
 
 @contextmanager

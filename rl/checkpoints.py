@@ -15,21 +15,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rl.errors import CheckpointError
+from rl.writing import write_json
 
 STATE_FILE = "foresight_state.json"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as `write_text` does."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old one or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
 
 
 class CompleteCheckpoints(TrainerCallback):

@@ -29,7 +29,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -45,6 +45,7 @@ from rl.record_arrays import Arrays, pack
 from rl.record_rows import COLUMNS, MARK, VERSION, Row, group_key, read_row
 from rl.reward_table import reward_table
 from rl.trajectory import Sample, Trajectory, TrajectoryGroup
+from rl.writing import write_whole
 
 NAME = re.compile(r"step-(\d+)(?:-(\d+))?(?:-rank(\d+))?\.jsonl")
 
@@ -123,8 +124,8 @@ def write_record(
     path.unlink(missing_ok=True)
     file.unlink(missing_ok=True)
     if tensors is not None:
-        _replace(file, lambda draft: save_file(tensors, draft))
-    _replace(path, lambda draft: draft.write_bytes(text))
+        write_whole(file, lambda draft: save_file(tensors, draft))
+    write_whole(path, lambda draft: draft.write_bytes(text))
     return path
 
 
@@ -214,13 +215,6 @@ def _plain(value: Any, where: str) -> Any:
         f"{where}: {repr(value)[:80]} of type {type(value).__name__} cannot be written as JSON; "
         "use texts, numbers, and lists and objects (with texts as keys) of them"
     )
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that a reader finds all of it or none."""
-    draft = path.with_name(path.name + ".part")
-    write(draft)
-    draft.replace(path)
 
 
 # -- reading ---------------------------------------------------------------------------------------

@@ -33,10 +33,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipes.evaluation.grading import Grade
-from rl.checkpoints import write_json
 from rl.errors import RecipeError
 from rl.latent_stats import neighbour_cosine
 from rl.trajectory import Sample, Trajectory
+from rl.writing import write_json, write_whole
 
 SETTINGS = "settings.json"
 
@@ -194,9 +194,7 @@ def _schema(columns: Sequence[str], grades: Sequence[str]) -> pa.Schema:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    draft = path.with_name(path.name + ".part")
-    pq.write_table(table, draft)
-    draft.replace(path)
+    write_whole(path, lambda draft: pq.write_table(table, draft))
 
 
 def _require_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:

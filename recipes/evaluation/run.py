@@ -36,11 +36,11 @@ from recipes.run_folder import RunFolder
 from recipes.sampling import pool_of
 from recipes.schema.evaluation import EvaluateRecipe
 from recipes.start import start_policy
-from rl.checkpoints import write_json, write_text
 from rl.data.broken import BrokenClips
 from rl.data.media import MediaProcessor
 from rl.errors import RecipeError, VideoError
 from rl.trajectory import RolloutRequest, Sample, TrajectoryGroup
+from rl.writing import write_json, write_text
 from rollouts.pool import RolloutPool
 
 ANSWERS, PREDICTIONS, SKIPPED = "answers", "predictions", "skipped"

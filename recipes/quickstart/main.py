@@ -31,7 +31,6 @@ from recipes.quickstart.pictures import imagination, learning_curves
 from recipes.quickstart.visions import see
 from recipes.quickstart.world import FUTURE, write_world
 from recipes.run import RunResult, run_recipe
-from rl.checkpoints import write_json
 from rl.data.manifest import read_manifest
 from rl.data.media import MediaProcessor
 from rl.errors import RecipeError
@@ -39,6 +38,7 @@ from rl.export import whole_folder
 from rl.policy.heads import HeadConfig
 from rl.policy.model import make_policy
 from rl.policy.protocol import LatentProtocol
+from rl.writing import write_json
 
 SPLITS = {"train": 2048, "rl": 1024, "validation": 256, "held_out": 1024}
 LATENTS = 1 + FUTURE  # the last observed state, then each future one

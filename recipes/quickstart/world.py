@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 
 from recipes.quickstart import texts
 from rl.errors import DataError
+from rl.writing import write_text, write_whole
 
 OBSERVED = 2  # states shown
 FUTURE = 6  # states to imagine
@@ -180,12 +180,13 @@ def write_clips(
         rows.append(row)
         path = Path(folder, row["video"])
         if path.name not in there:
-            _write_atomically(path, encode_mp4(frames.repeat(repeat, axis=0)))
+            film = encode_mp4(frames.repeat(repeat, axis=0))
+            write_whole(path, lambda draft, film=film: draft.write_bytes(film))
         if progress:
             progress(index + 1, count)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if not manifest.exists() or manifest.read_text() != text:
-        _write_atomically(manifest, text.encode())
+        write_text(manifest, text)
     return manifest
 
 
@@ -202,10 +203,4 @@ def _claim(folder: Path, manifest: Path, origin: str) -> None:
             "empty it"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(source, origin.encode())
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".part")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    write_text(source, origin)

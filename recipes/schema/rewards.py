@@ -54,13 +54,13 @@ class RewardSection(Section):
 
     @field_validator("use")
     @classmethod
-    def _filebeside_recipe(cls, use: str, info: ValidationInfo) -> str:
+    def _file_beside_recipe(cls, use: str, info: ValidationInfo) -> str:
         where, _, attribute = use.rpartition(":")
         return f"{beside_recipe(Path(where), info)}:{attribute}" if where.endswith(".py") else use
 
     @field_validator("options")
     @classmethod
-    def _pathsbeside_recipe(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    def _paths_beside_recipe(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         names = PATH_OPTIONS.get(info.data.get("use", ""), ())
         paths = {k: v for k, v in options.items() if k in names and v not in (None, "auto")}
         return options | {k: local_or_hub(str(v), info) for k, v in paths.items()}

@@ -18,11 +18,11 @@ from rich.table import Table
 from recipes.schema.selection import SelectRecipe
 from recipes.selection.picture import draw_selection
 from recipes.selection.rules import Probe, Probed, Reason, Verdict
-from rl.checkpoints import write_json
 from rl.data.formats import SkippedRow
 from rl.data.manifest import manifest_row
 from rl.errors import DataError
 from rl.trajectory import Sample
+from rl.writing import write_json, write_text, write_whole
 
 _SCHEMA = pa.schema(
     [
@@ -172,7 +172,7 @@ def write_selection(selection: Selection, folder: Path, recipe: SelectRecipe) ->
     `summary.json` to the run folder; each is the old file or the new one, never half of one.
     """
     table = pa.table(selection.columns(), schema=_SCHEMA)
-    _replace(folder / "selection.parquet", lambda path: pq.write_table(table, path))
+    write_whole(folder / "selection.parquet", lambda path: pq.write_table(table, path))
     kept = [_manifest_line(sample) for sample in selection.kept()]
     _write_lines(folder / "kept.jsonl", kept)
     _write_lines(folder / "skipped.jsonl", map(json.dumps, selection.skipped()))
@@ -181,7 +181,9 @@ def write_selection(selection: Selection, folder: Path, recipe: SelectRecipe) ->
         for id, p in selection.probed.items()
         if p.p_text is not None and p.p_hint is not None
     ]
-    _replace(folder / "histogram.png", lambda path: draw_selection(pairs, recipe.sampling.n, path))
+    write_whole(
+        folder / "histogram.png", lambda path: draw_selection(pairs, recipe.sampling.n, path)
+    )
     keep = recipe.keep.model_dump(mode="json")
     write_json(folder / "summary.json", selection.summary() | {"keep": keep})
 
@@ -198,17 +200,7 @@ def _manifest_line(sample: Sample) -> str:
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    def write(draft: Path) -> None:
-        with draft.open("w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in lines)
-
-    _replace(path, write)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    draft = path.with_name(f"{path.name}.part")
-    write(draft)
-    draft.replace(path)
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def _shares(probes: Sequence[Probe]) -> dict[str, Any]:

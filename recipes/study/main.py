@@ -10,10 +10,10 @@ from rich.console import Console
 
 from recipes.quickstart.main import settle_torch
 from recipes.study.chain import ZERO_SHOT, Chain, Scale
-from recipes.study.table import MOST_SEEDS, Figures, console_table, figures, markdown, rows
+from recipes.study.table import MOST_SEEDS, Figures, figures, study_table
 from recipes.study.variants import VARIANTS
-from rl.checkpoints import write_json, write_text
 from rl.errors import RecipeError
+from rl.writing import write_json, write_text
 
 
 def run_study(
@@ -42,10 +42,10 @@ def run_study(
             found.setdefault(name, []).append(values)
         results = {"seeds": list(seeds[:done]), "figures": found}
         write_json(root / "results.json", results)
-        cells = rows(found, _labels())
-        write_text(root / "table.md", markdown(cells))
         title = f"Held-out accuracy in %, seeds {', '.join(map(str, seeds[:done]))}"
-        console.print(console_table(cells, title))
+        table = study_table(found, _labels(), title)
+        write_text(root / "table.md", table.markdown() + "\n")
+        console.print(table.rich())
     console.print(f"The table is in {root / 'table.md'}, the figures in {root / 'results.json'}.")
     return results
 

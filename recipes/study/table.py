@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from rich import box
-from rich.table import Table
+from recipes.evaluation.tables import Grid
 
 # 97.5 % quantiles of Student's t, by degrees of freedom: for up to ten seeds.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -59,26 +58,12 @@ def cell(name: str, values: Sequence[float | None]) -> str:
     return f"{scale * mean:.{digits}f}{spread}"
 
 
-def rows(found: Mapping[str, Sequence[Figures]], labels: Mapping[str, str]) -> list[list[str]]:
-    """The cells of the table, a row for each name in `found`, which holds its figures by seed."""
-    return [
-        [labels[name], *(cell(c, [f.get(c) for f in seeds]) for c in COLUMNS)]
+def study_table(
+    found: Mapping[str, Sequence[Figures]], labels: Mapping[str, str], title: str
+) -> Grid:
+    """A row for each name in `found`, which holds its figures by seed."""
+    rows = (
+        (labels[name], *(cell(c, [f.get(c) for f in seeds]) for c in COLUMNS))
         for name, seeds in found.items()
-    ]
-
-
-def markdown(cells: Sequence[Sequence[str]]) -> str:
-    """The cells as a table in Markdown."""
-    lines = [["", *COLUMNS.values()], ["---", *["--:"] * len(COLUMNS)], *cells]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def console_table(cells: Sequence[Sequence[str]], title: str) -> Table:
-    """The cells as a table for a terminal."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for heading in COLUMNS.values():
-        table.add_column(heading, justify="right", no_wrap=True)
-    for line in cells:
-        table.add_row(*line)
-    return table
+    )
+    return Grid(title, ("", *COLUMNS.values()), tuple(rows))

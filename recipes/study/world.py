@@ -20,7 +20,7 @@ import numpy as np
 from recipes.quickstart import texts
 from recipes.quickstart.tiles import TILES
 from recipes.quickstart.world import FRAMES_PER_STATE, OBSERVED, Clip, draw_clip
-from rl.checkpoints import write_text
+from rl.writing import write_text
 
 Style = Literal["latents", "text", "direct", "seen"]
 

@@ -20,6 +20,7 @@ from rl.sft.target_clips import TargetClips, TokensPerPatch
 from rl.sft.targets import OnBroken, Progress, Targets, compute_targets
 from rl.trajectory import Sample
 from rl.weights import state_checksum
+from rl.writing import write_whole
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,7 @@ def _write(path: Path, origin: _Origin, targets: Targets, broken: dict[int, str]
     lengths = [length for spans in targets.lengths for length in spans]
     tensors = {"features": targets.features, "lengths": torch.tensor(lengths, dtype=torch.int64)}
     written = {**asdict(origin), "broken": json.dumps(broken), "checksum": state_checksum(tensors)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    save_file(tensors, draft, metadata=written)
-    draft.replace(path)
+    write_whole(path, lambda draft: save_file(tensors, draft, metadata=written))
 
 
 def _read(

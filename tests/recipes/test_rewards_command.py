@@ -115,7 +115,7 @@ def test_list_shows_what_comes_with_foresight() -> None:
     assert rows["temporal_order"][1:6] == ["shaping", "0.3", "0", "to", "1"]
     assert rows["repetition"][1:6] == ["shaping", "0.1", "-1", "to", "0"]
     assert "(temperature=0.5, scale=bounded)" in output
-    assert "(needed: policy; tokens_per_patch=1, capacity=1024)" in output
+    assert "(needed: policy; tokens_per_patch=1, capacity=1024," in output
     assert "(needed: base_url, model; api_key_env=OPENAI_API_KEY," in output
     assert "Does the policy use the order of the frames?" in output
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from difflib import get_close_matches
 
 from recipes.evaluation.benchmarks.base import Benchmark, Breakdown
@@ -45,26 +46,19 @@ TWIFF_BENCH = Benchmark(
 
 # Future-L1 evaluates on the following three too; its settings there are not public. Frames and
 # lengths are those of FutureBench.
-MVBENCH = Benchmark(
+MVBENCH = replace(
+    FUTUREBENCH,
     name="mvbench",
     title="MVBench",
     format="mvbench",
-    frames=FrameRule(count=32),
-    max_new_tokens=2048,
-    scoring="letter",
-    instruction=LETTER,
     breakdowns=(Breakdown("task"),),
-    overall="AVG",
 )
 
-NEXT_QA = Benchmark(
+NEXT_QA = replace(
+    FUTUREBENCH,
     name="next_qa",
     title="NExT-QA",
     format="nextqa",
-    frames=FrameRule(count=32),
-    max_new_tokens=2048,
-    scoring="letter",
-    instruction=LETTER,
     # The data's own types: causal, temporal and descriptive questions of several kinds.
     breakdowns=(
         Breakdown(
@@ -81,17 +75,13 @@ NEXT_QA = Benchmark(
             },
         ),
     ),
-    overall="AVG",
 )
 
-VIDEO_MME = Benchmark(
+VIDEO_MME = replace(
+    FUTUREBENCH,
     name="video_mme",
     title="Video-MME",
     format="video_mme",
-    frames=FrameRule(count=32),
-    max_new_tokens=2048,
-    scoring="letter",
-    instruction=LETTER,
     breakdowns=(
         Breakdown("duration", {"short": "Short", "medium": "Medium", "long": "Long"}),
         Breakdown("task_type"),

@@ -14,7 +14,7 @@ from recipes.quickstart.perception import Perception
 from recipes.study import world
 from recipes.study.chain import Chain, Scale
 from recipes.study.main import run_study
-from recipes.study.table import cell, interval, markdown
+from recipes.study.table import cell, interval, study_table
 from recipes.study.variants import VARIANTS
 from recipes.study.world import row_of
 from rl.errors import RecipeError
@@ -105,7 +105,8 @@ def test_interval_over_seeds() -> None:
     assert interval([0.5]) == (0.5, None)
     assert cell("all", [0.7, 0.8, 0.9]) == "80.0 ± 24.8" and cell("all", [None]) == "-"
     assert cell("neighbours", [0.25]) == "0.25"
-    assert markdown([["a", "1"]]).splitlines()[-1] == "| a | 1 |"
+    table = study_table({"a": [{"hop1": 0.5}]}, {"a": "A"}, "t")
+    assert table.markdown().splitlines()[-1] == "| A | 50.0 | - | - | - | - |"
 
 
 def test_variants_change_what_they_say() -> None:
