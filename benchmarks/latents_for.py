@@ -7,12 +7,12 @@ taught with the same recipe (steps, batch, rate, clips), and differs only in wha
 answer:
 
 - direct: nothing;
-- text: one word a state, the cell of the ball that is asked for;
+- text: one word a state, the cell of the ball; with two balls, both cells of every second state;
 - pause: one and the same word at each step;
 - latents: one latent a state, pulled to the pooled feature of that state;
 - unaligned: the same without the pull (in training the true features are still fed, so greedy
   latents are of another kind than those that it learned from);
-- text_all: the cells of all balls. It takes more steps than the others; only in the world of balls.
+- text_all: both balls' cells in every state, which takes seven steps more; only with two balls.
 
 Text, pause and latents take the same number of decoding steps: K + 1 states and two more, the start
 and the end of the span or the first and the last word. Prints a table with the held-out clips, or,
@@ -37,8 +37,7 @@ from transformers import AutoProcessor
 
 from recipes.loading import load_recipe
 from recipes.quickstart import texts
-from recipes.quickstart.balls import BALLS, BALLS_WORDS, write_balls
-from recipes.quickstart.balls import cells as ball_cells
+from recipes.quickstart.balls import BALLS, write_balls
 from recipes.quickstart.checkpoint import make_checkpoint
 from recipes.quickstart.perception import Perception, pretrain
 from recipes.quickstart.tiles import TILES
@@ -49,7 +48,7 @@ from rl.data.manifest import read_manifest
 from rl.data.media import MediaProcessor
 from rl.export import whole_folder
 from rl.policy.heads import HeadConfig
-from rl.policy.model import load_policy, make_policy
+from rl.policy.model import make_policy
 from rl.policy.protocol import LatentProtocol
 from rl.writing import write_json
 
@@ -69,8 +68,8 @@ class Setting:
     write: Callable[[Path, str, int, int], object]
     chain: Callable[[Row], list[str]]  # a word for each imagined state
     chain_all: Callable[[Row], list[str]] | None
-    perception: tuple[Perception, ...]  # rounds, each of which begins at the full rate
-    steps: int
+    perception: Perception
+    steps: int  # of each variant
 
 
 def tile_chain(row: Row) -> list[str]:
@@ -78,27 +77,25 @@ def tile_chain(row: Row) -> list[str]:
 
 
 def ball_chain(row: Row) -> list[str]:
-    words = ball_cells()
-    return [words[state[row["ball"]]] for state in row["cells"][BALLS.observed - 1 :]]
+    """Both balls, as often as seven words allow: after every second move."""
+    words, cells = texts.cells(), row["cells"][BALLS.observed - 1 :]
+    return [words[c] for c in (cells[0][0], *cells[2], *cells[4], *cells[6])]
 
 
 def ball_chain_all(row: Row) -> list[str]:
-    """The asked ball last, so that the answer follows its cell."""
-    words, asked = ball_cells(), row["ball"]
-    order = [ball for ball in range(len(BALLS_WORDS)) if ball != asked] + [asked]
-    return [words[state[b]] for state in row["cells"][BALLS.observed - 1 :] for b in order]
+    words = texts.cells()
+    return [words[c] for state in row["cells"][BALLS.observed - 1 :] for c in state]
 
 
 SETTINGS = {
-    "tiles": Setting(TILES, write_world, tile_chain, None, (Perception(),), 260),
+    "tiles": Setting(TILES, write_world, tile_chain, None, Perception(), 260),
     "balls": Setting(
         BALLS,
         write_balls,
         ball_chain,
         ball_chain_all,
-        # A single round of 400 steps leaves half of what pooled features hold unread.
-        tuple(Perception(steps=n, checkpoint_every=100, log_every=20) for n in (400, 300)),
-        260,
+        Perception(steps=600, checkpoint_every=100, log_every=20),
+        480,
     ),
 }
 
@@ -158,19 +155,11 @@ class Comparison:
         torch.manual_seed(seed)  # the latent head is drawn
         policy = make_policy(plain, processor, protocol, HeadConfig("linear"))
         samples, media = read_manifest(self.manifest("train")), MediaProcessor(processor)
-        history: list[Row] = []
-        for number, settings in enumerate(self.setting.perception):
-            if number:
-                policy = load_policy(self.perceived(seed, number - 1))
-            config = replace(settings, seed=seed + number)
-            target = self.perceived(seed, number)
-            history += pretrain(policy, media, samples, target, config, world)
-        return history
+        config = replace(self.setting.perception, seed=seed)
+        return pretrain(policy, media, samples, self.perceived(seed), config, world)
 
-    def perceived(self, seed: int, number: int = -1) -> Path:
-        """Where the policy of a round is; by default of the last."""
-        number %= len(self.setting.perception)
-        return self.root / str(seed) / f"perception-{number + 1}"
+    def perceived(self, seed: int) -> Path:
+        return self.root / str(seed) / "perception"
 
     def run(self, variant: str, seed: int) -> Row:
         """Teach one variant; its greedy score and the CPU seconds of this process."""

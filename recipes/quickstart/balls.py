@@ -1,26 +1,20 @@
-"""A second procedural world, for what one word cannot hold: balls that fly across a board and
-bounce off its walls and off one another, as MP4 files with a JSONL manifest.
+"""A second procedural world, whose state is more than one word: two balls that the colours of a
+board carry on, each its own way, as MP4 files with a JSONL manifest.
 
-A lattice gas (after Hardy, Pomeau and de Pazzis, 1973). Three balls of equal mass move one of 4x4
-tiles a state along a row or a column; a wall turns a ball back. Balls that arrive on the same tile
-collide: two exchange their velocities, as equal masses do in an elastic collision; of three, each
-takes that of the next (a rule of ours). A clip has eight states of two frames, a moment apart, so
-that one frame pair, and therefore one pooled feature, shows where the balls are and where they are
-heading. They shine in channels of their own, so that none hides another. The first two states are
-shown; in which quarter of the board one of the balls is in the last state is the question (A top
-left, B top right, C bottom left, D bottom right). That ball collides in the unseen part, and
-whether it ends left or right, above or below of where it was last seen is drawn evenly: neither
-flying straight on nor staying is an answer. Chance is 25 %.
+The board and its winds are those of `recipes.quickstart.world`: each move carries both balls one
+row down and one column left, straight or right, by the colour of the tile that each is on, around
+the edges like a torus. The question is on which side both end (A: both left; B: white left, black
+right; C: white right, black left; D: both right). A state is two places, so a chain of words needs
+two words a state where a chain of latents needs one latent. Two states are shown, six are to be
+imagined; boards are new in every clip, and the four answers equally frequent. Chance is 25 %, and a
+perfect player gets all of them right.
 
-Where a ball goes next depends on places and directions of all three, while a word of a text chain
-names the tile of one ball. That is the difference to the tiles of `recipes.quickstart.world`, where
-a state is one word. There are few paths, though (with two balls 94 % of held-out clips had been
-seen in training): those of validation and held-out clips are set apart by their checksum.
+Each ball has half of a tile to itself, so that none hides the other, and the two never meet: from
+there on they would be one.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,29 +24,28 @@ import numpy as np
 import torch
 
 from recipes.quickstart import texts
-from recipes.quickstart.world import Progress, write_clips
+from recipes.quickstart.world import (
+    FPS,
+    FRAME_PX,
+    FRAMES_PER_STATE,
+    OBSERVED,
+    PALETTE,
+    STATES,
+    TILE_PX,
+    Progress,
+    follow,
+    write_clips,
+)
 from recipes.quickstart.worlds import Facts, Packer, Questions, Words, World
 from rl.trajectory import Sample
 
 if TYPE_CHECKING:
     from recipes.quickstart.perception import Perception
 
-OBSERVED = 2  # states shown
-FUTURE = 6  # states to imagine
-STATES = OBSERVED + FUTURE
-FRAMES_PER_STATE = 2
-FPS = 2
-SIZE = texts.SIZE  # tiles along each side of the board
-TILE_PX = 8
-FRAME_PX = SIZE * TILE_PX
-RADIUS = 3.5  # pixels
-HEADING = 2.0  # pixels that a ball is on its way in the second frame of a state
-COLLISIONS = 1  # of the asked ball in the unseen part, at least
-UNSEEN = ("validation", "held_out")  # splits with paths of their own
-DIRECTIONS = np.array([[-1, 0], [1, 0], [0, -1], [0, 1]])  # (rows, columns)
-
-BALLS_WORDS = ("red", "green", "blue")  # the channel of a frame in which each shines
-QUESTIONS = tuple(f"Where does {ball} end?" for ball in BALLS_WORDS)
+NAMES = ("white", "black")
+SHADES = (255, 0)
+WIDTH = TILE_PX // len(NAMES)  # of a ball, in pixels
+QUESTION = "On which side does each ball end?"
 OPTIONS = texts.COLUMNS
 
 
@@ -60,50 +53,23 @@ OPTIONS = texts.COLUMNS
 class Clip:
     """One clip before it is drawn."""
 
-    places: np.ndarray  # int64 [STATES, balls, 2], (row, column)
-    velocities: np.ndarray  # int64 [STATES, balls, 2], with which the balls leave
-    ball: int  # the one that is asked for
+    board: np.ndarray  # int64 [4, 4], indices into `texts.COLOURS`
+    paths: np.ndarray  # int64 [STATES, balls, 2], (row, column)
 
     @property
     def answer(self) -> str:
-        return OPTIONS[_quarter(self.places[-1, self.ball])]
+        return OPTIONS[sides(self.paths[-1])]
 
     @property
     def cells(self) -> np.ndarray:
         """The tile of each ball in each state: int64 [STATES, balls], row by row."""
-        return self.places[..., 0] * SIZE + self.places[..., 1]
+        return self.paths[..., 0] * texts.SIZE + self.paths[..., 1]
 
 
-def fly(
-    places: np.ndarray, velocities: np.ndarray, states: int = STATES
-) -> tuple[np.ndarray, np.ndarray]:
-    """Places and velocities [states, N, 2] of balls that start at `places` with `velocities`
-    [N, 2], a velocity being one tile up, down, left or right.
-
-    Balls on tiles of one colour of a chessboard stay on such, so they meet on tiles and never
-    between two.
-    """
-    path, moves = [places.tolist()], [velocities.tolist()]
-    for _ in range(states - 1):
-        there: dict[tuple[int, ...], list[int]] = {}
-        place, velocity = [], []
-        for ball, (here, move) in enumerate(zip(path[-1], moves[-1], strict=True)):
-            turned = [-v if not 0 <= x + v < SIZE else v for x, v in zip(here, move, strict=True)]
-            velocity.append(turned)
-            place.append([x + v for x, v in zip(here, turned, strict=True)])
-            there.setdefault(tuple(place[-1]), []).append(ball)
-        after = list(velocity)
-        for balls in there.values():
-            for ball, other in zip(balls, balls[1:] + balls[:1], strict=True):
-                after[ball] = velocity[other]
-        path.append(place)
-        moves.append(after)
-    return np.array(path), np.array(moves)
-
-
-def collides(places: np.ndarray, ball: int) -> np.ndarray:
-    """In which states `ball` shares its tile: bool [T], of `places` [T, N, 2]."""
-    return (places == places[:, ball, None]).all(-1).sum(1) > 1
+def sides(places: np.ndarray) -> int:
+    """The option that says on which side the balls are, of their `places` [2, 2]."""
+    white, black = places[:, 1] >= texts.SIZE // 2
+    return 2 * int(white) + int(black)
 
 
 def draw_clip(seed: int, split: str, index: int) -> Clip:
@@ -111,49 +77,24 @@ def draw_clip(seed: int, split: str, index: int) -> Clip:
     shorter one.
     """
     rng = np.random.default_rng([seed, index, *split.encode()])
-    ball = int(rng.integers(len(BALLS_WORDS)))
-    turn = int(rng.integers(4))  # how the last quarter differs from the last one shown
+    wanted = int(rng.integers(len(OPTIONS)))
     while True:
-        parity = int(rng.integers(2))  # the colour of the tiles that the balls start on
-        tiles = rng.choice(SIZE * SIZE // 2, len(BALLS_WORDS), replace=False)
-        row, half = np.divmod(tiles, SIZE // 2)
-        places = np.stack([row, 2 * half + (row + parity) % 2], 1)
-        velocities = DIRECTIONS[rng.integers(0, len(DIRECTIONS), len(BALLS_WORDS))]
-        path, moves = fly(places, velocities)
-        first, last = path[OBSERVED - 1, ball], path[-1, ball]
-        if (
-            collides(path[OBSERVED:-1], ball).sum() >= COLLISIONS
-            and _unseen(path) == (split in UNSEEN)
-            and _quarter(first) ^ _quarter(last) == turn
-        ):
-            return Clip(path, moves, ball)
-
-
-def _unseen(path: np.ndarray) -> bool:
-    """Whether a path is one of the quarter that is never trained on."""
-    return zlib.crc32(path.astype(np.int8).tobytes()) % 4 == 0
-
-
-def _quarter(place: np.ndarray) -> int:
-    """Of the board, row by row."""
-    return 2 * int(place[0] >= SIZE // 2) + int(place[1] >= SIZE // 2)
+        board = rng.integers(0, len(texts.COLOURS), (texts.SIZE, texts.SIZE))
+        starts = rng.integers(0, texts.SIZE, (len(NAMES), 2))
+        paths = np.stack([follow(board, start) for start in starts], axis=1)
+        apart = len(np.unique(paths[-1], axis=0)) == len(NAMES)  # balls that meet stay together
+        if apart and sides(paths[-1]) == wanted:
+            return Clip(board, paths)
 
 
 def render(clip: Clip) -> np.ndarray:
-    """Draw all states: uint8 [STATES · 2, 32, 32, 3]. A ball is a disc with a soft edge, in the
-    middle of its tile in a state's first frame and on its way in the second.
-    """
-    middle = (clip.places + 0.5) * TILE_PX
-    centres = np.stack([middle, middle + HEADING * clip.velocities], 1).reshape(
-        -1, *middle.shape[1:]
-    )
-    pixels = np.arange(FRAME_PX) + 0.5
-    away = np.hypot(
-        pixels[None, :, None, None] - centres[:, None, None, :, 0],
-        pixels[None, None, :, None] - centres[:, None, None, :, 1],
-    )  # [T, rows, columns, balls]
-    frames = np.zeros((*away.shape[:-1], 3), dtype=np.uint8)
-    frames[..., : away.shape[-1]] = (255 * np.clip(RADIUS + 0.5 - away, 0.0, 1.0)).round()
+    """Draw all states: uint8 [STATES, 32, 32, 3], one frame a state."""
+    empty = PALETTE[clip.board].repeat(TILE_PX, axis=0).repeat(TILE_PX, axis=1)
+    frames = np.repeat(empty[None], len(clip.paths), axis=0)
+    for frame, places in zip(frames, clip.paths, strict=True):
+        for ball, (row, column) in enumerate(places):
+            left = column * TILE_PX + ball * WIDTH
+            frame[row * TILE_PX : (row + 1) * TILE_PX, left : left + WIDTH] = SHADES[ball]
     return frames
 
 
@@ -165,13 +106,13 @@ def manifest_row(clip: Clip, split: str, index: int) -> dict[str, Any]:
     return {
         "id": f"{split}-{index + 1:05d}",
         "video": f"{split}/{index + 1:05d}.mp4",
-        "question": QUESTIONS[clip.ball],
+        "question": QUESTION,
         "answer": clip.answer,
         "options": list(OPTIONS),
         "frames": list(range(shown)),
         "imagine": [imagine],
+        "board": clip.board.tolist(),
         "cells": clip.cells.tolist(),
-        "ball": clip.ball,
     }
 
 
@@ -185,51 +126,61 @@ def write_balls(
         return manifest_row(drawn, split, index), render(drawn)
 
     origin = {"world": "balls", "split": split, "seed": seed}
-    return write_clips(folder, split, count, clip, origin, progress=progress)
+    return write_clips(folder, split, count, clip, origin, FRAMES_PER_STATE, progress)
 
 
 # -- what checkpoint and perception see ------------------------------------------------------------
 
 
-def cells() -> list[str]:
-    """All cell words, row by row."""
-    return texts.cells()
-
-
 def corpus() -> list[str]:
     """Texts that contain every word the tokenizer must know as one token."""
-    words = [texts.WHERE, texts.READ, texts.NEXT, *BALLS_WORDS, *cells()]
-    every = [*QUESTIONS, *OPTIONS, *words, *(f" {word}" for word in words)]
+    tasks = (texts.WHERE, texts.TILE, texts.READ, texts.NEXT)
+    words = [*tasks, *texts.COLOURS, *NAMES, *texts.cells()]
+    every = [QUESTION, *OPTIONS, *words, *(f" {word}" for word in words)]
     return every + [f"{role}\n" for role in texts.ROLES] + ["\n", *BALLS.seconds]
 
 
 def facts(samples: Sequence[Sample]) -> Facts:
-    """`cells` [N, STATES, balls]."""
-    return {"cells": torch.tensor([s.extra["cells"] for s in samples])}
+    """`boards` [N, 16] colours and `cells` [N, STATES, balls]."""
+    return {
+        "boards": torch.tensor([s.extra["board"] for s in samples]).flatten(1),
+        "cells": torch.tensor([s.extra["cells"] for s in samples]),
+    }
 
 
 def ask(facts: Facts, words: Words, config: Perception, generator: torch.Generator) -> Questions:
-    """On which tiles the balls are in the last state shown, and of `config.reads` states where they
-    are in them and one state later.
+    """Where the balls are in the last state shown, what colour `config.tiles` tiles have, and of
+    `config.reads` states where the balls are in them and one move later.
     """
-    places = words.kinds["cell"][facts["cells"]]
+    boards, places = facts["boards"], words.kinds["cell"][facts["cells"]]
     count, _, balls = places.shape
     names = words.kinds["ball"][:, None].expand(-1, count)
-    packer = Packer(count, words)
+    cell, colour = words.kinds["cell"], words.kinds["colour"]
+    packer, rows = Packer(count, words), torch.arange(count)
 
-    def tell(task: str, given: torch.Tensor | None, cells: torch.Tensor) -> None:
-        packer.open(task, given)
+    def random(high: int) -> torch.Tensor:
+        return torch.randint(0, high, (count,), generator=generator)
+
+    def tell(task: str, cells: torch.Tensor) -> None:
+        """Of a latent, ball by ball: the answer is due at the latent itself, where a span's next
+        latent will be, and not from words further on.
+        """
         for ball in range(balls):
-            packer.go_on(task, names[ball], cells[:, ball])
+            packer.open(task, names[ball])
+            packer.go_on(task, packer.latent, cells[:, ball])
 
-    tell(texts.WHERE, None, places[:, OBSERVED - 1])
+    packer.open(texts.WHERE, None)
+    for ball in range(balls):
+        packer.go_on(texts.WHERE, names[ball], places[:, OBSERVED - 1, ball])
+    for _ in range(config.tiles):
+        tile = random(boards.shape[1])
+        packer.add(texts.TILE, cell[tile], colour[boards[rows, tile]])
     states: list[torch.Tensor] = []
-    rows = torch.arange(count)
     for _ in range(config.reads):
-        state = torch.randint(0, STATES - 1, (count,), generator=generator)
-        tell(texts.READ, packer.latent, places[rows, state])
-        tell(texts.NEXT, packer.latent, places[rows, state + 1])
-        states.append(state)
+        state = random(STATES - 1)  # any but the last: each has a next one
+        tell(texts.READ, places[rows, state])
+        tell(texts.NEXT, places[rows, state + 1])
+        states += [state] * balls
     return packer.done(states)
 
 
@@ -240,8 +191,8 @@ BALLS = World(
     observed=OBSERVED,
     states=STATES,
     corpus=corpus,
-    vocabulary={"cell": cells(), "ball": BALLS_WORDS},
-    tasks=(texts.WHERE, texts.READ, texts.NEXT),
+    vocabulary={"cell": texts.cells(), "colour": texts.COLOURS, "ball": NAMES},
+    tasks=(texts.WHERE, texts.TILE, texts.READ, texts.NEXT),
     facts=facts,
     ask=ask,
 )

@@ -1,4 +1,4 @@
-"""The world of balls: physics by hand, clips as drawn and written, what is asked and taught."""
+"""The world of balls: paths by hand, clips as drawn and written, what is asked and taught."""
 
 from __future__ import annotations
 
@@ -22,52 +22,21 @@ from rl.sft.taught import taught_texts
 RED, GREEN, BLUE = range(3)
 
 
-# Of three balls in the two frames of a state, (row, column) in pixels.
-CENTRES = (((4, 4), (4, 6)), ((12, 28), (14, 28)), ((28, 12), (28, 10)))
-LEFT, RIGHT, UP, DOWN = [0, -1], [0, 1], [-1, 0], [1, 0]
+@pytest.mark.parametrize(
+    ("columns", "answer"), [((1, 0), "A"), ((1, 2), "B"), ((3, 1), "C"), ((2, 3), "D")]
+)
+def test_answers_name_the_sides_of_both_balls(columns: tuple[int, int], answer: str) -> None:
+    paths = np.array([[[0, column] for column in columns]])
+    assert balls.Clip(np.zeros((4, 4), dtype=int), paths).answer == answer
 
 
-def fly(balls_at: list[tuple[list[int], list[int]]], states: int) -> tuple[list, list]:
-    places, velocities = (np.array(part) for part in zip(*balls_at, strict=True))
-    path, moves = balls.fly(places, velocities, states)
-    return path.tolist(), moves.tolist()
-
-
-def test_walls_turn_a_ball_back() -> None:
-    path, moves = fly([([2, 2], RIGHT)], 4)
-    assert path == [[[2, 2]], [[2, 3]], [[2, 2]], [[2, 1]]]
-    assert moves == [[RIGHT], [RIGHT], [LEFT], [LEFT]]
-    assert fly([([0, 1], UP)], 2)[0] == [[[0, 1]], [[1, 1]]]
-
-
-def test_a_head_on_collision_turns_both_balls_back() -> None:
-    path, moves = fly([([1, 0], RIGHT), ([1, 2], LEFT)], 3)
-    assert path == [[[1, 0], [1, 2]], [[1, 1], [1, 1]], [[1, 0], [1, 2]]]
-    assert moves == [[RIGHT, LEFT], [LEFT, RIGHT], [LEFT, RIGHT]]
-
-
-def test_balls_that_meet_at_a_right_angle_go_on_with_each_others_velocity() -> None:
-    path, moves = fly([([1, 0], RIGHT), ([2, 1], UP)], 3)
-    assert path == [[[1, 0], [2, 1]], [[1, 1], [1, 1]], [[0, 1], [1, 2]]]
-    assert moves[1] == [UP, RIGHT]
-
-
-def test_of_three_each_takes_the_velocity_of_the_next() -> None:
-    path, moves = fly([([1, 0], RIGHT), ([2, 1], UP), ([1, 2], LEFT)], 2)
-    assert path[1] == [[1, 1]] * 3 and moves[1] == [UP, LEFT, RIGHT]
-
-
-def test_energy_and_momentum_are_kept_where_there_is_no_wall() -> None:
-    collisions = 0
-    for index in range(60):
+def test_balls_go_where_the_colours_of_their_tiles_say() -> None:
+    for index in range(20):
         clip = balls.draw_clip(0, "rl", index)
-        assert ((clip.velocities**2).sum(-1) == 1).all()
-        assert (np.diff(clip.places, axis=0) != 0).sum(-1).tolist() == [[1] * 3] * 7  # one tile
-        before = np.diff(clip.places, axis=0)  # with which the balls arrive
-        # Leaving with what they arrived with, in all: collisions only hand velocities on.
-        assert (before.sum(1) == clip.velocities[1:].sum(1)).all()
-        collisions += int(balls.collides(clip.places[1:], clip.ball).sum())
-    assert collisions >= 60
+        for before, after in zip(clip.paths, clip.paths[1:], strict=False):
+            for (row, column), place in zip(before, after, strict=True):
+                aside = {RED: -1, GREEN: 0, BLUE: 1}[int(clip.board[row, column])]
+                assert place.tolist() == [(row + 1) % 4, (column + aside) % 4]
 
 
 def test_clips_depend_on_seed_split_and_index_alone() -> None:
@@ -80,42 +49,35 @@ def test_clips_depend_on_seed_split_and_index_alone() -> None:
         assert other != drawn(0, "rl", 5)
 
 
-def test_answers_balls_and_turns_are_balanced_and_flying_straight_on_is_no_answer() -> None:
-    clips = [balls.draw_clip(1, "held_out", index) for index in range(160)]
+def test_answers_are_balanced_balls_never_meet_and_the_last_state_shown_does_not_tell() -> None:
+    clips = [balls.draw_clip(1, "held_out", index) for index in range(400)]
     answers = Counter(clip.answer for clip in clips)
-    assert sorted(answers) == list("ABCD") and min(answers.values()) > 20
-    assert min(Counter(clip.ball for clip in clips).values()) > 35
-    stays = straight = 0
-    for clip in clips:
-        mine, velocity = clip.places[:, clip.ball], clip.velocities[1, clip.ball]
-        alone, _ = balls.fly(mine[1:2], velocity[None], balls.STATES - 1)
-        quarters = [(place // 2).tolist() for place in (mine[1], alone[-1, 0], mine[-1])]
-        stays += quarters[0] == quarters[2]
-        straight += quarters[1] == quarters[2]
-    assert 20 < stays < 60 and 20 < straight < 60  # a quarter of them
+    assert sorted(answers) == list("ABCD") and min(answers.values()) > 75
+    assert all((clip.cells[:, 0] != clip.cells[:, 1]).all() for clip in clips)
+    stays = sum(
+        balls.sides(clip.paths[balls.OBSERVED - 1]) == balls.sides(clip.paths[-1]) for clip in clips
+    )
+    assert 75 < stays < 140  # about a quarter; the winds of one board pull both balls the same way
 
 
-def test_no_held_out_path_is_trained_on() -> None:
-    def paths(split: str) -> set[bytes]:
-        clips = [balls.draw_clip(0, split, index) for index in range(400)]
-        return {clip.places.tobytes() for clip in clips}
+def test_no_board_is_drawn_twice() -> None:
+    def boards(split: str) -> set[bytes]:
+        return {balls.draw_clip(0, split, index).board.tobytes() for index in range(400)}
 
-    trained, held_out = paths("train"), paths("held_out")
-    assert len(paths("rl") & trained) > 0  # it could have happened
-    assert not held_out & trained and len(held_out) > 350
+    trained, held_out = boards("train"), boards("held_out")
+    assert len(trained) == len(held_out) == 400 and not trained & held_out
 
 
-def test_rendering_shows_where_balls_are_and_where_they_head() -> None:
-    places = np.array([[[0, 0], [1, 3], [3, 1]]])
-    clip = balls.Clip(places, np.array([[RIGHT, DOWN, LEFT]]), ball=RED)
-    frames = balls.render(clip)
+def test_rendering_shows_both_balls_in_halves_of_their_tiles() -> None:
+    board = np.zeros((4, 4), dtype=int)
+    board[1, 1] = BLUE
+    frames = balls.render(balls.Clip(board, np.array([[[1, 1], [1, 1]], [[2, 2], [0, 3]]])))
     assert frames.shape == (2, 32, 32, 3) and frames.dtype == np.uint8
-    for ball, (first, then) in enumerate(CENTRES):
-        for frame, (row, column) in zip(frames, (first, then), strict=True):
-            lit = np.argwhere(frame[..., ball] > 0)
-            assert lit.mean(0) + 0.5 == pytest.approx([row, column])
-            assert np.abs(lit + 0.5 - [row, column]).max() <= balls.RADIUS + 0.5
-            assert frame[row, column, ball] == 255
+    for frame, (white, black) in zip(frames, [((8, 8), (8, 12)), ((16, 16), (0, 28))], strict=True):
+        expected = world.PALETTE[board].repeat(8, axis=0).repeat(8, axis=1)
+        for shade, (row, column) in zip((255, 0), (white, black), strict=True):
+            expected[row : row + 8, column : column + 4] = shade
+        assert (frame == expected).all()
 
 
 def test_a_written_split_is_read_as_a_manifest_and_begins_a_longer_one(tmp_path: Path) -> None:
@@ -125,27 +87,28 @@ def test_a_written_split_is_read_as_a_manifest_and_begins_a_longer_one(tmp_path:
     for index, sample in enumerate(read_manifest(manifest)):
         clip = balls.draw_clip(0, "train", index)
         frames = decord.VideoReader(sample.video, num_threads=1).get_batch(range(16)).asnumpy()
-        assert np.abs(frames.astype(int) - balls.render(clip)).max() <= 2
+        drawn = balls.render(clip).repeat(2, axis=0).astype(int)
+        assert np.abs(frames.astype(int) - drawn).max() <= 2
         assert sample.frames == (0, 1, 2, 3) and sample.imagine == (tuple(range(2, 16)),)
-        assert sample.answer == clip.answer and sample.question == balls.QUESTIONS[clip.ball]
-        row, column = clip.places[-1, clip.ball] // 2
-        assert clip.answer == "ABCD"[2 * row + column]
-        assert sample.extra["cells"] == (clip.places @ [4, 1]).tolist()
+        assert sample.answer == clip.answer and sample.question == balls.QUESTION
+        assert sample.extra["cells"] == (clip.paths @ [4, 1]).tolist()
+        assert sample.extra["board"] == clip.board.tolist()
 
 
 def row() -> dict:
-    """A clip by hand: green goes along the top row, the others rest."""
-    cells = [[5, column // 2, 15] for column in range(8)]
-    return {"cells": cells, "ball": GREEN, "imagine": [[2, 3]], "answer": "B", "video": "a.mp4"}
+    """By hand: white goes along the top row, black along the bottom row."""
+    cells = [[column // 2, 12 + column // 2] for column in range(8)]
+    return {"cells": cells, "imagine": [[2, 3]], "answer": "B", "video": "a.mp4"}
 
 
 def test_what_variants_write() -> None:
-    setting, path = SETTINGS["balls"], "r1c1 r1c2 r1c2 r1c3 r1c3 r1c4 r1c4"
+    setting = SETTINGS["balls"]
     assert taught(row(), "latents", setting) == row()
     assert taught(row(), "direct", setting) == row() | {"imagine": []}
-    assert taught(row(), "text", setting)["reasoning"] == [f" where {path} read"]
+    some = "r1c1 r1c2 r4c2 r1c3 r4c3 r1c4 r4c4"
+    assert taught(row(), "text", setting)["reasoning"] == [f" where {some} read"]
     assert taught(row(), "pause", setting)["reasoning"] == [" next" * 9]
-    every = " ".join(f"r2c2 r4c4 {cell}" for cell in path.split())
+    every = "r1c1 r4c1 r1c2 r4c2 r1c2 r4c2 r1c3 r4c3 r1c3 r4c3 r1c4 r4c4 r1c4 r4c4"
     assert taught(row(), "text_all", setting)["reasoning"] == [f" where {every} read"]
     tiles = world.manifest_row(world.draw_clip(0, "train", 0), "train", 0)
     words = " ".join(texts.cell(*place) for place in tiles["path"][1:])
@@ -174,21 +137,33 @@ def test_questions_and_answers_are_true() -> None:
     tokenizer = make_tokenizer(balls.BALLS)
     latent = tokenizer(" next", add_special_tokens=False)["input_ids"][0]  # stands for a latent
     words = Words.of(tokenizer, latent, balls.BALLS)
-    cells = torch.stack([torch.tensor(balls.draw_clip(0, "rl", i).cells) for i in range(4)])
+    clips = [balls.draw_clip(0, "rl", index) for index in range(4)]
+    known = {
+        "boards": torch.tensor(np.stack([clip.board for clip in clips])).flatten(1),
+        "cells": torch.tensor(np.stack([clip.cells for clip in clips])),
+    }
     generator = torch.Generator().manual_seed(0)
-    questions = balls.ask({"cells": cells}, words, Perception(reads=2), generator)
-    names = balls.cells()
+    questions = balls.ask(known, words, Perception(reads=2, tiles=3), generator)
+    names = texts.cells()
 
-    def told(row: int, state: int) -> list[str]:
-        where = (names[cell] for cell in cells[row, state].tolist())
-        return [word for pair in zip(balls.BALLS_WORDS, where, strict=True) for word in pair]
-
-    for row in range(4):
-        expected = ["where", *told(row, 1)]
-        for state in questions.states[row].tolist():
-            expected += ["read", "next", *told(row, state), "next", "next", *told(row, state + 1)]
-        said = str(tokenizer.decode(questions.ids[row])).split()
-        assert said == expected
-        answers = [said[i] for i in questions.asked.tolist()]
-        assert all(answer in names for answer in answers) and len(answers) == 15
-    assert questions.tasks == ("where",) * 3 + (("read",) * 3 + ("next",) * 3) * 2
+    for index, clip in enumerate(clips):
+        said = str(tokenizer.decode(questions.ids[index])).split()
+        places = [[names[cell] for cell in state] for state in clip.cells]
+        assert said[:5] == ["where", "white", places[1][0], "black", places[1][1]]
+        for tile in range(3):
+            task, cell, colour = said[5 + 3 * tile : 8 + 3 * tile]
+            assert task == "tile"
+            assert texts.COLOURS[clip.board.flat[names.index(cell)]] == colour
+        reads = questions.states[index].tolist()
+        assert reads[0::2] == reads[1::2]  # once a ball
+        expected = []
+        for state in reads[::2]:
+            for task, place in (("read", places[state]), ("next", places[state + 1])):
+                for ball, name in enumerate(balls.NAMES):
+                    expected += [task, name, "next", place[ball]]
+        assert said[14:] == expected
+    assert questions.tasks == (
+        *("where",) * 2,
+        *("tile",) * 3,
+        *(("read",) * 2 + ("next",) * 2) * 2,
+    )
