@@ -37,7 +37,7 @@ from transformers import AutoProcessor
 
 from recipes.loading import load_recipe
 from recipes.quickstart import texts
-from recipes.quickstart.balls import BALLS, write_balls
+from recipes.quickstart.balls import BALLS, PERCEPTION_STEPS, write_balls
 from recipes.quickstart.checkpoint import make_checkpoint
 from recipes.quickstart.perception import Perception, pretrain
 from recipes.quickstart.tiles import TILES
@@ -94,7 +94,7 @@ SETTINGS = {
         write_balls,
         ball_chain,
         ball_chain_all,
-        Perception(steps=600, checkpoint_every=100, log_every=20),
+        Perception(steps=PERCEPTION_STEPS),
         480,
     ),
 }

@@ -200,7 +200,10 @@ def study(
     variants: Annotated[
         str | None, typer.Option(help="Rows of the table, with commas; by default all.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/study"),
+    world: Annotated[str, typer.Option(help="tiles, with one ball, or balls, with two.")] = "tiles",
+    output: Annotated[
+        Path, typer.Option(help="Folder to write to, one inside for each world.")
+    ] = Path("runs/study"),
     debug: Debug = False,
 ) -> None:
     """Future-L1's four recipes and their ablations on a world that a laptop can learn."""
@@ -215,7 +218,7 @@ def study(
             raise typer.BadParameter(
                 "give whole numbers, as in 0,1,2", param_hint="--seeds"
             ) from error
-        run_study(output, numbers, chosen, Console())
+        run_study(output, numbers, chosen, Console(), world=world)
 
 
 def _say(lines: list[str]) -> None:

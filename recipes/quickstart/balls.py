@@ -47,6 +47,7 @@ SHADES = (255, 0)
 WIDTH = TILE_PX // len(NAMES)  # of a ball, in pixels
 QUESTION = "On which side does each ball end?"
 OPTIONS = texts.COLUMNS
+PERCEPTION_STEPS = 600  # to see two balls takes longer than to see one
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def write_balls(
         return manifest_row(drawn, split, index), render(drawn)
 
     origin = {"world": "balls", "split": split, "seed": seed}
-    return write_clips(folder, split, count, clip, origin, FRAMES_PER_STATE, progress)
+    return write_clips(folder, split, count, clip, origin, progress)
 
 
 # -- what checkpoint and perception see ------------------------------------------------------------

@@ -154,7 +154,7 @@ def write_world(
         return manifest_row(drawn, split, index), render(drawn.board, drawn.path)
 
     origin = {"world": 1, "split": split, "seed": seed}
-    return write_clips(folder, split, count, clip, origin, FRAMES_PER_STATE, progress)
+    return write_clips(folder, split, count, clip, origin, progress)
 
 
 def write_clips(
@@ -163,13 +163,12 @@ def write_clips(
     count: int,
     clip: Callable[[int], tuple[dict[str, Any], np.ndarray]],
     origin: dict[str, Any],
-    repeat: int = 1,
     progress: Progress | None = None,
 ) -> Path:
     """Write a split of any world, as `write_world` does for this one.
 
-    `clip(index)` gives a manifest row and its frames (uint8 [T, H, W, 3], each shown `repeat`
-    times); `origin` says what the clips are a function of.
+    `clip(index)` gives a manifest row and a frame a state (uint8 [STATES, H, W, 3]), each shown
+    `FRAMES_PER_STATE` times; `origin` says what the clips are a function of.
     """
     clips, manifest = Path(folder, split), Path(folder, f"{split}.jsonl")
     _claim(clips, manifest, origin=json.dumps(origin))
@@ -180,7 +179,7 @@ def write_clips(
         rows.append(row)
         path = Path(folder, row["video"])
         if path.name not in there:
-            film = encode_mp4(frames.repeat(repeat, axis=0))
+            film = encode_mp4(frames.repeat(FRAMES_PER_STATE, axis=0))
             write_whole(path, lambda draft, film=film: draft.write_bytes(film))
         if progress:
             progress(index + 1, count)

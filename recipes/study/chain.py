@@ -6,7 +6,6 @@ Each stage reads what the one before wrote, and is finished or resumed when it i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ from recipes.callbacks import progress_bar
 from recipes.loading import load_any_recipe
 from recipes.quickstart.checkpoint import make_checkpoint
 from recipes.quickstart.perception import Perception, pretrain
-from recipes.quickstart.world import write_world
 from recipes.stages import run_stage
 from recipes.study.variants import SFT, VARIANTS, Changes
-from recipes.study.world import HOPS, LATENTS, row_of, write_jsonl, write_rows
+from recipes.study.world import LATENTS, SETTINGS, Style, row_of, write_jsonl
 from rl.data.manifest import read_manifest
 from rl.data.media import MediaProcessor
 from rl.export import whole_folder
@@ -30,6 +28,7 @@ from rl.policy.model import make_policy
 from rl.policy.protocol import LatentProtocol
 
 ZERO_SHOT = "zero_shot"
+Part = tuple[str, range, Style]  # clips of a split, and how their rows are written
 # Twice what is taught, as Future-L1 allows at inference.
 PROTOCOL = LatentProtocol(min_length=1, max_length=2 * LATENTS, max_spans=2)
 
@@ -41,16 +40,18 @@ class Scale:
     candidates: int = 3072
     base: int = 3072
     held_out: int = 1024
-    perception: Perception = field(default_factory=Perception)
+    perception: Perception | None = None  # by default what the world needs
     changes: dict[str, Changes] = field(default_factory=dict)
 
 
 class Chain:
     """The stages of one seed in `folder`, made as they are asked for."""
 
-    def __init__(self, folder: Path, seed: int, scale: Scale, console: Console) -> None:
+    def __init__(
+        self, folder: Path, seed: int, scale: Scale, console: Console, world: str = "tiles"
+    ) -> None:
         self.folder, self.seed, self.scale, self.console = folder, seed, scale, console
-        self.world = folder / "world"
+        self.setting, self.world = SETTINGS[world], folder / "world"
 
     def prepare(self) -> None:
         """The world, a tiny model that sees, and that model when it has learned to answer."""
@@ -65,7 +66,8 @@ class Chain:
         rows = []
         for sample in kept:
             split, _, number = sample.id.rpartition("-")
-            rows.append(row_of(self.seed, split, int(number) - 1, "text") | {"video": sample.video})
+            row = row_of(self.setting, self.seed, split, int(number) - 1, "text")
+            rows.append(row | {"video": sample.video})
         write_jsonl(self.folder / "select" / "kept_text.jsonl", rows)
 
     def train(self, variant: str) -> None:
@@ -112,7 +114,7 @@ class Chain:
         with progress_bar(self.console, transient=True) as bar:
             for split, count in (("train", scale.candidates), ("held_out", scale.held_out)):
                 task = bar.add_task(f"{split} clips", total=count)
-                write_world(
+                self.setting.write(
                     self.world,
                     split,
                     count,
@@ -120,25 +122,29 @@ class Chain:
                     lambda done, _, task=task: bar.update(task, completed=done),
                 )
         candidates = range(scale.candidates)
-        write_rows(self.world / "candidates.jsonl", seed, [("train", candidates, "latents")])
         base = range(min(scale.base, scale.candidates))
-        halves: Iterable[Any] = [
-            ("train", base[::2], "seen"),
-            ("train", base[1::2], "direct"),
+        self._rows("candidates", ("train", candidates, "latents"))
+        self._rows("base", ("train", base[::2], "seen"), ("train", base[1::2], "direct"))
+        self._rows("held_out", ("held_out", range(scale.held_out), "latents"))
+
+    def _rows(self, name: str, *parts: Part) -> None:
+        """Write the manifest `name` of the world."""
+        rows = [
+            row_of(self.setting, self.seed, split, index, style)
+            for split, indices, style in parts
+            for index in indices
         ]
-        write_rows(self.world / "base.jsonl", seed, halves)
-        held_out = range(scale.held_out)
-        write_rows(self.world / "held_out.jsonl", seed, [("held_out", held_out, "latents")])
+        write_jsonl(self.world / f"{name}.jsonl", rows)
 
     def _perceive(self) -> None:
         plain = self.folder / "plain"
         if not plain.is_dir():
             with whole_folder(plain) as draft:
-                make_checkpoint(draft, self.seed, HOPS)
+                make_checkpoint(draft, self.seed, self.setting.world)
         processor = AutoProcessor.from_pretrained(plain)
         set_seed(self.seed)  # the latent head is drawn
         policy = make_policy(plain, processor, PROTOCOL, HeadConfig("linear"))
         samples = read_manifest(self.world / "train.jsonl")
         media = MediaProcessor(processor)
-        config = replace(self.scale.perception, seed=self.seed)
-        pretrain(policy, media, samples, self.folder / "perception", config, HOPS)
+        config = replace(self.scale.perception or self.setting.perception, seed=self.seed)
+        pretrain(policy, media, samples, self.folder / "perception", config, self.setting.world)

@@ -12,6 +12,7 @@ from recipes.quickstart.main import settle_torch
 from recipes.study.chain import ZERO_SHOT, Chain, Scale
 from recipes.study.table import MOST_SEEDS, Figures, figures, study_table
 from recipes.study.variants import VARIANTS
+from recipes.study.world import SETTINGS
 from rl.errors import RecipeError
 from rl.writing import write_json, write_text
 
@@ -22,13 +23,17 @@ def run_study(
     variants: Sequence[str] = tuple(VARIANTS),
     console: Console | None = None,
     scale: Scale | None = None,
+    world: str = "tiles",
 ) -> dict[str, Any]:
-    """Run or resume the study in `output`; writes ``results.json`` and ``table.md`` there after
-    each seed, and returns what the former says. Raises `RecipeError` for an unknown variant.
+    """Run or resume the study in ``output/world``; writes ``results.json`` and ``table.md`` there
+    after each seed, and returns what the former says. Raises `RecipeError` for an unknown variant
+    or world.
     """
-    console, root = console or Console(), Path(output).resolve()
+    console, root = console or Console(), Path(output, world).resolve()
     if unknown := [name for name in variants if name not in VARIANTS]:
         raise RecipeError(f"--variants: {unknown[0]!r} is unknown; choose of {', '.join(VARIANTS)}")
+    if world not in SETTINGS:
+        raise RecipeError(f"--world: {world!r} is unknown; choose of {', '.join(SETTINGS)}")
     if len(set(seeds)) < len(seeds) or not 1 <= len(seeds) <= MOST_SEEDS:
         raise RecipeError(
             f"--seeds: {list(seeds)}; give 1 to {MOST_SEEDS} different ones, for the intervals"
@@ -37,12 +42,12 @@ def run_study(
     found: dict[str, list[Figures]] = {}
     results: dict[str, Any] = {}
     for done, seed in enumerate(seeds, start=1):
-        chain = Chain(root / f"seed{seed}", seed, scale or Scale(), console)
+        chain = Chain(root / f"seed{seed}", seed, scale or Scale(), console, world)
         for name, values in _run_seed(chain, variants, console).items():
             found.setdefault(name, []).append(values)
         results = {"seeds": list(seeds[:done]), "figures": found}
         write_json(root / "results.json", results)
-        title = f"Held-out accuracy in %, seeds {', '.join(map(str, seeds[:done]))}"
+        title = f"Held-out accuracy in %, {world}, seeds {', '.join(map(str, seeds[:done]))}"
         table = study_table(found, _labels(), title)
         write_text(root / "table.md", table.markdown() + "\n")
         console.print(table.rich())

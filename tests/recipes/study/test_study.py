@@ -16,7 +16,6 @@ from recipes.study.chain import Chain, Scale
 from recipes.study.main import run_study
 from recipes.study.table import cell, interval, study_table
 from recipes.study.variants import VARIANTS
-from recipes.study.world import row_of
 from rl.errors import RecipeError
 
 FOLDER = Path(world.__file__).parent
@@ -43,8 +42,9 @@ TINY = Scale(
 )
 
 
-def test_the_chain(tmp_path: Path) -> None:
-    chain = Chain(tmp_path, 0, TINY, Console(quiet=True))
+@pytest.mark.parametrize("name", ["tiles", pytest.param("balls", marks=pytest.mark.slow)])
+def test_the_chain(name: str, tmp_path: Path) -> None:
+    chain = Chain(tmp_path, 0, TINY, Console(quiet=True), name)
     chain.prepare()
     chain.select()
     chain.train("la_dapo")
@@ -52,8 +52,8 @@ def test_the_chain(tmp_path: Path) -> None:
     assert found["modes"]["free"]["answers"] == 4
     kept = [json.loads(line) for line in (tmp_path / "select" / "kept.jsonl").open()]
     assert len(kept) == 8 and all(row["imagine"] for row in kept)
-    for name, policy in (("sft", "base"), ("la_dapo", "sft")):
-        recipe = (tmp_path / name / "recipe.yaml").read_text()
+    for stage, policy in (("sft", "base"), ("la_dapo", "sft")):
+        recipe = (tmp_path / stage / "recipe.yaml").read_text()
         assert str(tmp_path / "select" / "kept.jsonl") in recipe
         assert str(tmp_path / policy / "policy") in recipe
     results = json.loads((tmp_path / "held_out" / "la_dapo" / "results.json").read_text())
@@ -65,8 +65,8 @@ def test_the_study(tmp_path: Path) -> None:
     variants = ["la_dapo", "published"]
     results = run_study(tmp_path, [0], variants, Console(quiet=True), TINY)
     assert list(results["figures"]) == ["zero_shot", "sft", *variants]
-    seed = tmp_path / "seed0"
-    table = (tmp_path / "table.md").read_text()
+    seed = tmp_path / "tiles" / "seed0"
+    table = (tmp_path / "tiles" / "table.md").read_text()
     assert "| published objective |" in table and "1-Hop" in table
     # Started again it computes nothing, and says the same.
     before = {p: p.stat().st_mtime_ns for p in seed.rglob("*.safetensors")}
@@ -74,28 +74,42 @@ def test_the_study(tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in seed.rglob("*.safetensors")} == before
 
 
-def test_unknown_variant(tmp_path: Path) -> None:
+def test_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="'no_such' is unknown; choose of la_dapo"):
         run_study(tmp_path, [0], ["no_such"], Console(quiet=True), TINY)
+    with pytest.raises(RecipeError, match="--world: 'sea' is unknown; choose of tiles, balls"):
+        run_study(tmp_path, [0], ["la_dapo"], Console(quiet=True), TINY, world="sea")
 
 
-def test_rows() -> None:
-    rows = [row_of(0, "train", i, "latents") for i in range(40)]
-    assert {row["question_type"] for row in rows} == {"hop1", "hop2"}
-    for i, row in enumerate(rows):
-        hops = int(row["question_type"][-1])
-        assert len(row["imagine"]) == hops and len(row["reasoning"]) == hops + 1
+@pytest.mark.parametrize("name", world.SETTINGS)
+def test_rows(name: str) -> None:
+    def row(index: int, style: world.Style) -> world.Row:
+        return world.row_of(world.SETTINGS[name], 0, "train", index, style)
+
+    assert {row(i, "direct")["question_type"] for i in range(40)} == {"hop1", "hop2"}
+    assert {row(i, "direct")["template"] for i in range(40)} == {0, 1}
+    for i in range(40):
+        taught, text = row(i, "latents"), row(i, "text")
+        hops = int(taught["question_type"][-1])
         # The state that a span begins with, and the three moves of a hop, two frames each.
-        assert row["imagine"] == [list(range(2, 10)), list(range(8, 16))][:hops]
-        end = row["path"][1 + 3 * hops]
-        assert row["reasoning"][-1] == f"r{end[0] + 1}c{end[1] + 1}"
-        assert row["answer"] == "ABCD"[end[1]] and row["frames"] == [0, 1, 2, 3]
-        text = row_of(0, "train", i, "text")
-        assert text["answer"] == row["answer"] and "imagine" not in text
-        assert text["reasoning"].split()[-1] == row["reasoning"][-1]
+        assert taught["imagine"] == [list(range(2, 10)), list(range(8, 16))][:hops]
+        assert taught["frames"] == [0, 1, 2, 3] and len(taught["reasoning"]) == hops + 1
+        if name == "tiles":
+            places = [taught["path"][1 + 3 * hops]]
+            assert taught["answer"] == "ABCD"[places[0][1]]
+        else:
+            places = [divmod(cell, 4) for cell in taught["cells"][1 + 3 * hops]]
+            (_, white), (_, black) = places
+            assert taught["answer"] == "ABCD"[2 * (white > 1) + (black > 1)]
+        cells = " ".join(f"r{row + 1}c{column + 1}" for row, column in places)
+        assert taught["reasoning"][-1] == cells
+        assert text["answer"] == taught["answer"] and "imagine" not in text
+        assert text["reasoning"].endswith(cells)
         words = text["reasoning"].split()
-        assert len(words) == (1 + 3 * hops if words[0] == "next" else hops)
-        assert row_of(0, "train", i, "seen")["frames"] == list(range(4 + 6 * hops))
+        states = 3 * hops if words[0] == "next" else hops
+        assert len(words) == states * len(places) + (words[0] == "next")
+        assert row(i, "seen")["frames"] == list(range(4 + 6 * hops))
+        assert row(i, "direct").get("reasoning") is None
 
 
 def test_interval_over_seeds() -> None:
