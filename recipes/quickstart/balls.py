@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from recipes.quickstart import texts
+from recipes.quickstart.tiles import ask_colours
 from recipes.quickstart.world import (
     FPS,
     FRAME_PX,
@@ -153,14 +154,10 @@ def ask(facts: Facts, words: Words, config: Perception, generator: torch.Generat
     """Where the balls are in the last state shown, what colour `config.tiles` tiles have, and of
     `config.reads` states where the balls are in them and one move later.
     """
-    boards, places = facts["boards"], words.kinds["cell"][facts["cells"]]
+    places = words.kinds["cell"][facts["cells"]]
     count, _, balls = places.shape
     names = words.kinds["ball"][:, None].expand(-1, count)
-    cell, colour = words.kinds["cell"], words.kinds["colour"]
     packer, rows = Packer(count, words), torch.arange(count)
-
-    def random(high: int) -> torch.Tensor:
-        return torch.randint(0, high, (count,), generator=generator)
 
     def tell(task: str, cells: torch.Tensor) -> None:
         """Of a latent, ball by ball: the answer is due at the latent itself, where a span's next
@@ -173,12 +170,11 @@ def ask(facts: Facts, words: Words, config: Perception, generator: torch.Generat
     packer.open(texts.WHERE, None)
     for ball in range(balls):
         packer.go_on(texts.WHERE, names[ball], places[:, OBSERVED - 1, ball])
-    for _ in range(config.tiles):
-        tile = random(boards.shape[1])
-        packer.add(texts.TILE, cell[tile], colour[boards[rows, tile]])
+    ask_colours(packer, facts, words, config, generator)
     states: list[torch.Tensor] = []
     for _ in range(config.reads):
-        state = random(STATES - 1)  # any but the last: each has a next one
+        # Any but the last: each has a next one.
+        state = torch.randint(0, STATES - 1, (count,), generator=generator)
         tell(texts.READ, places[rows, state])
         tell(texts.NEXT, places[rows, state + 1])
         states += [state] * balls

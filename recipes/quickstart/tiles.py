@@ -29,26 +29,32 @@ def ask(facts: Facts, words: Words, config: Perception, generator: torch.Generat
     """Where the ball is, what colour `config.tiles` tiles have, and of `config.reads` states where
     the ball is in them and one move later.
     """
-    boards, paths = facts["boards"], facts["paths"]
-    count = len(boards)
-    rows = torch.arange(count)
-    cell, colour = words.kinds["cell"], words.kinds["colour"]
+    paths = facts["paths"]
+    count = len(paths)
+    rows, cell = torch.arange(count), words.kinds["cell"]
     packer = Packer(count, words)
-
-    def random(high: int) -> torch.Tensor:
-        return torch.randint(0, high, (count,), generator=generator)
-
     packer.add(texts.WHERE, None, cell[paths[:, OBSERVED - 1]])
-    for _ in range(config.tiles):
-        tile = random(boards.shape[1])
-        packer.add(texts.TILE, cell[tile], colour[boards[rows, tile]])
+    ask_colours(packer, facts, words, config, generator)
     states: list[torch.Tensor] = []
     for _ in range(config.reads):
-        state = random(STATES - 1)  # any but the last: each has a next one
+        # Any but the last: each has a next one.
+        state = torch.randint(0, STATES - 1, (count,), generator=generator)
         packer.add(texts.READ, packer.latent, cell[paths[rows, state]])
         packer.add(texts.NEXT, packer.latent, cell[paths[rows, state + 1]])
         states.append(state)
     return packer.done(states)
+
+
+def ask_colours(
+    packer: Packer, facts: Facts, words: Words, config: Perception, generator: torch.Generator
+) -> None:
+    """What colour `config.tiles` tiles have."""
+    boards = facts["boards"]
+    count, tiles = boards.shape
+    for _ in range(config.tiles):
+        tile = torch.randint(0, tiles, (count,), generator=generator)
+        colour = words.kinds["colour"][boards[torch.arange(count), tile]]
+        packer.add(texts.TILE, words.kinds["cell"][tile], colour)
 
 
 TILES = World(
