@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from rewards.terms import RewardTerm, check_terms, overweight
 from rl.data.broken import BadVideos, of_sample
 from rl.data.formats import SampleSet, SkippedRow, read_samples
 from rl.data.frames import FrameRule
-from rl.data.media import MediaProcessor
+from rl.data.media import Media, MediaProcessor
 from rl.errors import ObjectiveError, PolicyError, RecipeError, VideoError
 from rl.export import POLICY
 from rl.policy.heads import HeadConfig
@@ -78,7 +79,7 @@ def check_recipe(recipe: Recipe) -> Plan:
     if not isinstance(recipe, LADAPORecipe):
         _check_lessons(recipe, train, start.protocol, start.head, media)
     for samples in filter(None, (train, validation, evaluation)):
-        _check_clip(media, samples, recipe.data.bad_videos)
+        first_clip(media, samples, recipe.data.bad_videos)
     return Plan(
         **vars(start),
         train=train,
@@ -95,18 +96,20 @@ def check_recipe(recipe: Recipe) -> Plan:
     )
 
 
-def _check_clip(media: MediaProcessor, samples: Sequence[Sample], bad_videos: BadVideos) -> None:
-    """Show the first clip, or the first that can be shown where the recipe does without others.
-    Raises `VideoError`.
+def first_clip(
+    media: MediaProcessor, samples: Sequence[Sample], bad_videos: BadVideos
+) -> tuple[Sample, Media]:
+    """The first sample and its clip, or the first that can be shown where the recipe does without
+    others. Raises `VideoError`.
     """
-    for number, sample in enumerate(samples, start=1):
-        try:
-            media.process(media.key(sample))
-        except VideoError as error:
-            if bad_videos == "stop" or number == len(samples):
-                raise of_sample(sample, error) from error
-        else:
-            return
+    for sample in samples[:-1] if bad_videos != "stop" else ():
+        with suppress(VideoError):
+            return sample, media.process(media.key(sample))
+    sample = samples[0] if bad_videos == "stop" else samples[-1]
+    try:
+        return sample, media.process(media.key(sample))
+    except VideoError as error:
+        raise of_sample(sample, error) from error
 
 
 def read_start(recipe: RecipeBase) -> Start:

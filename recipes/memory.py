@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from recipes.check import Plan, media_processor
+from recipes.check import Plan, first_clip, media_processor
 from recipes.configs import lora_config
 from recipes.loading import Recipe
 from recipes.schema import LADAPORecipe, SFTRecipe
@@ -39,12 +39,11 @@ class RecipeMemory:
 def recipe_memory(recipe: Recipe, plan: Plan) -> RecipeMemory:
     """Peak memory of an update of `recipe`, whose `plan` is that of `check_recipe`.
 
-    The prompt is that of the first row, and completions are as long as they may become. With
-    ``device: auto`` it is the memory of a GPU, where runs compute in bfloat16.
+    The prompt is that of the first row that can be shown, and completions are as long as they may
+    become. With ``device: auto`` it is the memory of a GPU, where runs compute in bfloat16.
     """
     media = media_processor(recipe.data, plan.processor)
-    sample = plan.train[0]
-    clip = media.process(media.key(sample))
+    sample, clip = first_clip(media, plan.train, recipe.data.bad_videos)
     prompt = media.encode(sample, [clip])
     video = int((prompt.mm_token_type_ids == 2).sum())
     frames, rows, columns = clip.inputs["video_grid_thw"][0].tolist()

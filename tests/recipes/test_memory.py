@@ -15,6 +15,7 @@ from recipes.check import check_recipe
 from recipes.cli import app
 from recipes.loading import load_recipe
 from recipes.memory import RecipeMemory, recipe_memory
+from rl.errors import VideoError
 from tests.recipes.worlds import write_recipe
 
 
@@ -25,9 +26,11 @@ def estimated(tmp_path: Path, tiny_checkpoint: Path, clips: Path) -> Callable[..
     row |= {"video": str(clips / "clip0.mp4"), "frames": [0, 1], "imagine": [[2, 3]]}
     manifest = tmp_path / "rows.jsonl"
     rows = [{**row, "id": str(i)} for i in range(8)]
-    manifest.write_text("\n".join(json.dumps(r) for r in rows))
+    (tmp_path / "noise.mp4").write_bytes(b"\0" * 999)
 
-    def estimate(**changes: Any) -> RecipeMemory:
+    def estimate(first: str = row["video"], **changes: Any) -> RecipeMemory:
+        written = [{**rows[0], "video": first}, *rows[1:]]
+        manifest.write_text("\n".join(json.dumps(r) for r in written))
         path = write_recipe(tmp_path, tiny_checkpoint, manifest, changes)
         recipe = load_recipe(path)
         return recipe_memory(recipe, check_recipe(recipe))
@@ -58,6 +61,15 @@ def test_what_the_recipe_says_counts(estimated: Callable[..., RecipeMemory]) -> 
     assert (three.groups, three.group_size, three.micro_batches) == (2, 2, 3)
     halves = estimated(**{"train.group_size": 4, "train.micro_batch": 2}).setting
     assert (halves.groups, halves.group_size, halves.micro_batches) == (1, 2, 4)
+
+
+def test_a_first_clip_that_cannot_be_read(
+    tmp_path: Path, estimated: Callable[..., RecipeMemory]
+) -> None:
+    noise = str(tmp_path / "noise.mp4")
+    assert estimated(noise, **{"data.bad_videos": "skip"}).sample == "1"
+    with pytest.raises(VideoError, match="noise"):
+        estimated(noise)
 
 
 def test_a_budget_of_tokens(estimated: Callable[..., RecipeMemory]) -> None:
