@@ -16,13 +16,15 @@ answer:
 
 Text, pause and latents take the same number of decoding steps: K + 1 states and two more, the start
 and the end of the span or the first and the last word. Prints a table with the held-out clips, or,
-with ``--split validation``, those to decide on. What is finished in the folder is not run again.
+with ``--split validation``, those to decide on, and a second one that says how far greedy latents
+stay with the true states. What is finished in the folder is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import statistics
 import time
@@ -31,17 +33,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from transformers import AutoProcessor
 
 from recipes.loading import load_recipe
-from recipes.quickstart import texts
+from recipes.quickstart import balls, texts
 from recipes.quickstart.balls import BALLS, PERCEPTION_STEPS, write_balls
 from recipes.quickstart.checkpoint import make_checkpoint
 from recipes.quickstart.perception import Perception, pretrain
 from recipes.quickstart.tiles import TILES
-from recipes.quickstart.world import write_world
+from recipes.quickstart.visions import look_up
+from recipes.quickstart.world import render, write_world
 from recipes.quickstart.worlds import World
 from recipes.run import run_recipe
 from rl.data.manifest import read_manifest
@@ -54,6 +58,7 @@ from rl.writing import write_json
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart" / "sft_imagine.yaml"
 SPLITS = {"train": 2048, "validation": 512, "held_out": 512}
+LOOKED_UP = 64  # clips whose latents are looked up
 
 LATENT = ("latents", "unaligned")  # the variants with spans
 
@@ -70,6 +75,8 @@ class Setting:
     chain_all: Callable[[Row], list[str]] | None
     perception: Perception
     steps: int  # of each variant
+    places: Callable[[Row], np.ndarray]  # the cell of each ball in each state: int64 [T, balls]
+    draw: Callable[[Row, np.ndarray], np.ndarray]  # (row, places) -> frames, one a state
 
 
 def tile_chain(row: Row) -> list[str]:
@@ -87,8 +94,26 @@ def ball_chain_all(row: Row) -> list[str]:
     return [words[c] for state in row["cells"][BALLS.observed - 1 :] for c in state]
 
 
+def tile_frames(row: Row, places: np.ndarray) -> np.ndarray:
+    return render(np.array(row["board"]), np.stack(np.divmod(places[:, 0], texts.SIZE), -1))
+
+
+def ball_frames(row: Row, places: np.ndarray) -> np.ndarray:
+    paths = np.stack(np.divmod(places, texts.SIZE), -1)
+    return balls.render(balls.Clip(np.array(row["board"]), paths))
+
+
 SETTINGS = {
-    "tiles": Setting(TILES, write_world, tile_chain, None, Perception(), 260),
+    "tiles": Setting(
+        TILES,
+        write_world,
+        tile_chain,
+        None,
+        Perception(),
+        260,
+        lambda row: np.array(row["path"]) @ [[texts.SIZE], [1]],
+        tile_frames,
+    ),
     "balls": Setting(
         BALLS,
         write_balls,
@@ -96,6 +121,8 @@ SETTINGS = {
         ball_chain_all,
         Perception(steps=PERCEPTION_STEPS),
         480,
+        lambda row: np.array(row["cells"]),
+        ball_frames,
     ),
 }
 
@@ -128,6 +155,7 @@ class Comparison:
     root: Path
     setting: Setting
     split: str
+    steps: int
     console: Console
 
     def prepare(self, world_seed: int = 0) -> None:
@@ -163,20 +191,20 @@ class Comparison:
 
     def run(self, variant: str, seed: int) -> Row:
         """Teach one variant; its greedy score and the CPU seconds of this process."""
-        folder = self.root / str(seed)
-        figures = folder / f"{variant}-{self.split}.json"
+        folder = self.root / str(seed) / f"{variant}-{self.steps}"
+        figures = folder / f"{self.split}.json"
         if figures.is_file():
             return json.loads(figures.read_text())
         changes = {
             "seed": seed,
-            "output": folder / variant,
+            "output": folder,
             "policy.path": self.perceived(seed),
             "data.train": self.manifest(f"train-{variant}"),
             "data.validation": None,
             "evaluation": {"manifest": str(self.manifest(self.split)), "modes": ["free"]},
             "train.validate_every": None,
-            "train.max_steps": self.setting.steps,
-            "train.save_every": self.setting.steps,
+            "train.max_steps": self.steps,
+            "train.save_every": self.steps,
             "train.max_completion_length": 32,
             "train.reasoning_template": "{reasoning}",
             "train.latent_weight": 0.0 if variant == "unaligned" else 2.0,
@@ -190,6 +218,44 @@ class Comparison:
         row = {**score, "cpu_s": time.process_time() - started}
         write_json(figures, row)
         return row
+
+    def followed(self, seed: int) -> np.ndarray:
+        """Of greedy latents the share that is nearest to a state with a ball where it truly is:
+        [steps, balls], in `LOOKED_UP` clips.
+
+        Looked up are all states of the clip's board in which no two balls share a cell.
+        """
+        samples = read_manifest(self.manifest(self.split), limit=LOOKED_UP)
+        places = [self.setting.places(sample.extra) for sample in samples]
+        number = places[0].shape[1]
+        cells = np.array(list(itertools.permutations(range(texts.SIZE**2), number)))
+        galleries = [self.setting.draw(sample.extra, cells) for sample in samples]
+        policy = self.root / str(seed) / f"latents-{self.steps}" / "policy"
+        first = self.setting.world.observed - 1
+        return np.mean(
+            [
+                cells[nearest] == true[first:]
+                for (_, nearest), true in zip(
+                    look_up(policy, samples, galleries), places, strict=True
+                )
+            ],
+            axis=0,
+        )
+
+
+def drift(followed: dict[int, np.ndarray]) -> str:
+    """A row a seed and ball: how many latents have it where it truly is, step by step."""
+    steps = len(next(iter(followed.values())))
+    lines = [
+        f"| latents true, % | {' | '.join(f'state {k}' for k in range(steps))} |",
+        "|---" * (steps + 1) + "|",
+    ]
+    for seed, shares in followed.items():
+        for ball, share in enumerate(shares.T, start=1):
+            lines.append(
+                f"| seed {seed}, ball {ball} | {' | '.join(f'{100 * s:.0f}' for s in share)} |"
+            )
+    return "\n".join(lines)
 
 
 def table(scores: dict[str, dict[int, Row]]) -> str:
@@ -214,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--world", choices=SETTINGS, default="balls")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", help="default: all")
+    parser.add_argument("--steps", type=int, help="of each variant; default: 260 or 480")
     parser.add_argument("--split", choices=["validation", "held_out"], default="held_out")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -221,7 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     setting = SETTINGS[options.world]
     console = Console(file=io.StringIO())
     root = options.folder.resolve() / options.world
-    comparison = Comparison(root, setting, options.split, console)
+    steps = options.steps or setting.steps
+    comparison = Comparison(root, setting, options.split, steps, console)
     comparison.prepare()
     scores: dict[str, dict[int, Row]] = {v: {} for v in options.variants or variants(setting)}
     for seed in options.seeds:
@@ -231,6 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runs[seed] = comparison.run(variant, seed)
             print(f"seed {seed}, {variant}: {runs[seed]}", flush=True)
     print(table(scores))
+    if "latents" in scores:
+        print(drift({seed: comparison.followed(seed) for seed in options.seeds}))
 
 
 if __name__ == "__main__":
