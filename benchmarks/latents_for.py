@@ -10,12 +10,13 @@ answer:
 - text: one word a state, the cell of the ball; with two balls, both cells of every second state;
 - pause: one and the same word at each step;
 - latents: one latent a state, pulled to the pooled feature of that state;
-- unaligned: the same without the pull (in training the true features are still fed, so greedy
-  latents are of another kind than those that it learned from);
+- unaligned: the same without the pull. In training the true features are fed all the same, so
+  its greedy latents are of another kind than those that it learned from;
 - text_all: both balls' cells in every state, which takes seven steps more; only with two balls.
 
-Text, pause and latents take the same number of decoding steps: K + 1 states and two more, the start
-and the end of the span or the first and the last word. Prints a table with the held-out clips, or,
+Text, pause and latents take the same number of decoding steps: one for each state from the last one
+shown on, and two more, the start and the end of the span or the first and the last word. All seeds
+share the clips. Prints a table with the held-out clips, or,
 with ``--split validation``, those to decide on, and a second one that says how far greedy latents
 stay with the true states. What is finished in the folder is not run again.
 """
@@ -42,6 +43,7 @@ from recipes.loading import load_recipe
 from recipes.quickstart import balls, texts
 from recipes.quickstart.balls import BALLS, PERCEPTION_STEPS, write_balls
 from recipes.quickstart.checkpoint import make_checkpoint
+from recipes.quickstart.main import settle_torch
 from recipes.quickstart.perception import Perception, pretrain
 from recipes.quickstart.tiles import TILES
 from recipes.quickstart.visions import look_up
@@ -54,7 +56,7 @@ from rl.export import whole_folder
 from rl.policy.heads import HeadConfig
 from rl.policy.model import make_policy
 from rl.policy.protocol import LatentProtocol
-from rl.writing import write_json
+from rl.writing import write_json, write_text
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart" / "sft_imagine.yaml"
 SPLITS = {"train": 2048, "validation": 512, "held_out": 512}
@@ -66,7 +68,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Setting:
+class Compared:
     """One world with what is written of its states, and how long is learned."""
 
     world: World
@@ -77,6 +79,7 @@ class Setting:
     steps: int  # of each variant
     places: Callable[[Row], np.ndarray]  # the cell of each ball in each state: int64 [T, balls]
     draw: Callable[[Row, np.ndarray], np.ndarray]  # (row, places) -> frames, one a state
+    balls: tuple[str, ...]  # names
 
 
 def tile_chain(row: Row) -> list[str]:
@@ -104,7 +107,7 @@ def ball_frames(row: Row, places: np.ndarray) -> np.ndarray:
 
 
 SETTINGS = {
-    "tiles": Setting(
+    "tiles": Compared(
         TILES,
         write_world,
         tile_chain,
@@ -113,8 +116,9 @@ SETTINGS = {
         260,
         lambda row: np.array(row["path"]) @ [[texts.SIZE], [1]],
         tile_frames,
+        ("ball",),
     ),
-    "balls": Setting(
+    "balls": Compared(
         BALLS,
         write_balls,
         ball_chain,
@@ -123,11 +127,12 @@ SETTINGS = {
         480,
         lambda row: np.array(row["cells"]),
         ball_frames,
+        balls.NAMES,
     ),
 }
 
 
-def taught(row: Row, variant: str, setting: Setting) -> Row:
+def taught(row: Row, variant: str, setting: Compared) -> Row:
     """The manifest row that teaches `variant`."""
     if variant in LATENT:
         return row
@@ -143,7 +148,7 @@ def taught(row: Row, variant: str, setting: Setting) -> Row:
     return row | {"reasoning": ["".join(f" {word}" for word in words)]}
 
 
-def variants(setting: Setting) -> list[str]:
+def variants(setting: Compared) -> list[str]:
     every = ["direct", "text", "pause", "latents", "unaligned"]
     return [*every, "text_all"] if setting.chain_all else every
 
@@ -153,19 +158,19 @@ class Comparison:
     """The runs of one world in a folder."""
 
     root: Path
-    setting: Setting
+    setting: Compared
     split: str
     steps: int
     console: Console
 
-    def prepare(self, world_seed: int = 0) -> None:
+    def prepare(self) -> None:
         """Write the clips and a manifest a variant."""
         for split, count in SPLITS.items():
-            self.setting.write(self.root / "world", split, count, world_seed)
+            self.setting.write(self.root / "world", split, count, 0)
         rows = (self.root / "world" / "train.jsonl").read_text().splitlines()
         for variant in variants(self.setting):
             lines = [json.dumps(taught(json.loads(row), variant, self.setting)) for row in rows]
-            self.manifest(f"train-{variant}").write_text("\n".join(lines) + "\n")
+            write_text(self.manifest(f"train-{variant}"), "\n".join(lines) + "\n")
 
     def manifest(self, name: str) -> Path:
         return self.root / "world" / f"{name}.jsonl"
@@ -243,7 +248,7 @@ class Comparison:
         )
 
 
-def drift(followed: dict[int, np.ndarray]) -> str:
+def drift(followed: dict[int, np.ndarray], names: Sequence[str]) -> str:
     """A row a seed and ball: how many latents have it where it truly is, step by step."""
     steps = len(next(iter(followed.values())))
     lines = [
@@ -251,10 +256,8 @@ def drift(followed: dict[int, np.ndarray]) -> str:
         "|---" * (steps + 1) + "|",
     ]
     for seed, shares in followed.items():
-        for ball, share in enumerate(shares.T, start=1):
-            lines.append(
-                f"| seed {seed}, ball {ball} | {' | '.join(f'{100 * s:.0f}' for s in share)} |"
-            )
+        for name, share in zip(names, shares.T, strict=True):
+            lines.append(f"| seed {seed}, {name} | {' | '.join(f'{100 * s:.0f}' for s in share)} |")
     return "\n".join(lines)
 
 
@@ -283,15 +286,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="of each variant; default: 260 or 480")
     parser.add_argument("--split", choices=["validation", "held_out"], default="held_out")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     setting = SETTINGS[options.world]
+    known = variants(setting)
+    if unknown := set(options.variants or ()) - set(known):
+        parser.error(f"--variants: {min(unknown)!r} is unknown here; choose of {', '.join(known)}")
+    settle_torch()
+    torch.set_num_threads(1)
     console = Console(file=io.StringIO())
     root = options.folder.resolve() / options.world
     steps = options.steps or setting.steps
     comparison = Comparison(root, setting, options.split, steps, console)
     comparison.prepare()
-    scores: dict[str, dict[int, Row]] = {v: {} for v in options.variants or variants(setting)}
+    scores: dict[str, dict[int, Row]] = {v: {} for v in options.variants or known}
     for seed in options.seeds:
         seen = comparison.perceive(seed)[-1]
         print(f"seed {seed}, perception: {seen}", flush=True)
@@ -300,7 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"seed {seed}, {variant}: {runs[seed]}", flush=True)
     print(table(scores))
     if "latents" in scores:
-        print(drift({seed: comparison.followed(seed) for seed in options.seeds}))
+        followed = {seed: comparison.followed(seed) for seed in options.seeds}
+        print(drift(followed, setting.balls))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Where the released objective pulls: its log-probs and gradients by the kind of slot.
 
-    python -m benchmarks.published_slots POLICY ROWS   # of runs/study: sft/policy, kept.jsonl
+    python -m benchmarks.published_slots POLICY ROWS   # of a seed of `foresight study`:
+                                                       # sft/policy, select/kept.jsonl
 
 Samples trajectories of a policy and scores them as Future-L1's released code does (`rl.published`)
 and exactly. The gradient of a kind is the norm of Σ A · log π over its slots, divided by all
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not (found := places[kind]):
             continue
         at = tuple(torch.tensor(found).T)
-        means = [float(scores.logprobs[at].mean()) for scores in (published, exact)]
+        means = [float(scores.logprobs[at].detach().mean()) for scores in (published, exact)]
         pulls = [pull(scores.logprobs, at) for scores in (published, exact)]
         print(
             f"| {kind} | {len(found)} | {means[0]:.2f} | {means[1]:.2f} "

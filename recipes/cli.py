@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -198,9 +198,15 @@ def quickstart(
 def study(
     seeds: Annotated[str, typer.Option(help="Of everything random, with commas.")] = "0,1,2",
     variants: Annotated[
-        str | None, typer.Option(help="Rows of the table, with commas; by default all.")
+        str | None,
+        typer.Option(
+            help="Rows of the table, with commas: la_dapo, no_contrast, no_diversity, text_only, "
+            "fixed_budget, published, published_scaled, no_noise; by default all."
+        ),
     ] = None,
-    world: Annotated[str, typer.Option(help="tiles, with one ball, or balls, with two.")] = "tiles",
+    world: Annotated[
+        Literal["tiles", "balls"], typer.Option(help="One ball on a board of tiles, or two.")
+    ] = "tiles",
     output: Annotated[
         Path, typer.Option(help="Folder to write to, one inside for each world.")
     ] = Path("runs/study"),

@@ -7,6 +7,7 @@ checkpoints/        checkpoint-<step>/, whole once they hold their state file
 metrics.jsonl       one line a log
 trajectories/       what was sampled, and every reward of it, a file a step
 faults.jsonl        what went wrong with rewards, if anything did
+skipped.jsonl       rows without a video that can be read, if there were any
 policy/             the trained policy
 result.json         written last: the run is finished
 """

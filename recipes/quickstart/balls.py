@@ -6,8 +6,8 @@ row down and one column left, straight or right, by the colour of the tile that 
 the edges like a torus. The question is on which side both end (A: both left; B: white left, black
 right; C: white right, black left; D: both right). A state is two places, so a chain of words needs
 two words a state where a chain of latents needs one latent. Two states are shown, six are to be
-imagined; boards are new in every clip, and the four answers equally frequent. Chance is 25 %, and a
-perfect player gets all of them right.
+imagined; boards are new in every clip, and the four answers equally frequent (after fewer moves, A
+and D are a little more so). Chance is 25 %, and a perfect player gets all of them right.
 
 Each ball has half of a tile to itself, so that none hides the other, and the two never meet: from
 there on they would be one.

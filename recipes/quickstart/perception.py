@@ -11,7 +11,6 @@ that can be read and moved on from, which is what latents will have to be.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from rl.errors import CheckpointError
 from rl.policy.model import LatentPolicy
 from rl.scoring import media_types
 from rl.trajectory import Sample
+from rl.writing import write_whole
 
 STATE_FILE = "perception.pt"
 
@@ -248,8 +248,6 @@ class _Run:
         self.history.append(row)
 
     def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_name(f"{STATE_FILE}.part")
         state = {
             "config": asdict(self.config),
             "step": self.step,
@@ -258,8 +256,7 @@ class _Run:
             "generator": self.generator.get_state(),
             "history": self.history,
         }
-        torch.save(state, draft)
-        os.replace(draft, self.path)
+        write_whole(self.path, lambda draft: torch.save(state, draft))
 
     def load(self) -> None:
         state = torch.load(self.path)

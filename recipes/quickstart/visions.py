@@ -57,7 +57,7 @@ def look_up(
     """
     processor = MediaProcessor(AutoProcessor.from_pretrained(policy_folder))
     policy = load_policy(policy_folder).eval()
-    engine = TransformersEngine(policy, processor, LocalMedia(processor, len(samples)))
+    engine = TransformersEngine(policy, processor, LocalMedia(processor))
     sampling = Sampling(temperature=0.0, max_new_tokens=16, imagine="always")
     groups = engine.generate([RolloutRequest(s, (0,), sampling) for s in samples])
     found = []

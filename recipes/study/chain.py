@@ -82,7 +82,8 @@ class Chain:
         """The held-out figures of what stage or variant `name` trained, as `Evaluation.to_dict`."""
         run = "base" if name == ZERO_SHOT else name
         changes: Changes = {"policy.path": self.folder / run / "policy"}
-        if name == ZERO_SHOT or name in ("sft_text", "text_only"):
+        sft = VARIANTS[name].sft if name in VARIANTS else name
+        if name == ZERO_SHOT or SFT[sft] == "text":
             changes["benchmarks.0.modes"] = ["never"]
         self._run("evaluate", f"held_out/{name}", changes)
         results = self.folder / "held_out" / name / "results.json"

@@ -38,7 +38,7 @@ def figures(evaluation: Mapping[str, Any]) -> Figures:
 def interval(values: Sequence[float | None]) -> tuple[float, float | None]:
     """The mean over seeds and half the width of its 95 % interval (Student's t); None for one seed.
 
-    The interval is about seeds: what another one would give, not how many questions were asked.
+    The interval is about seeds, not about how many questions were asked.
     """
     found = [v for v in values if v is not None]
     if not found:

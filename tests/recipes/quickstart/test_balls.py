@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.latents_for import SETTINGS, taught
+from benchmarks.latents_for import SETTINGS, drift, main, table, taught
 from recipes.quickstart import balls, texts, world
 from recipes.quickstart.checkpoint import make_tokenizer
 from recipes.quickstart.perception import Perception
@@ -131,6 +131,43 @@ def test_words_take_as_many_steps_as_latents(variant: str, tmp_path: Path) -> No
     )
     latents = len(line["imagine"][0]) // balls.FRAMES_PER_STATE
     assert len(text) - 3 == latents + 2  # the answer and its tags; start and end of the span
+
+
+def test_variants_of_the_other_world_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--world", "tiles", "--variants", "text_all"])
+    assert "'text_all' is unknown here; choose of direct, text, pause" in capsys.readouterr().err
+
+
+def test_tables_of_the_comparison() -> None:
+    def run(accuracy: float) -> dict:
+        return {"accuracy": accuracy, "tokens": 6.0, "latents": 7.0, "cpu_s": 41.0}
+
+    lines = table({"latents": {0: run(0.5), 2: run(0.75)}}).splitlines()
+    assert lines[0] == "| variant | seed 0, % | seed 2, % | mean, % | steps | CPU s |"
+    assert lines[2] == "| latents | 50.0 | 75.0 | 62.5 | 13 | 41 |"
+    shares = np.array([[1.0, 0.5], [0.25, 0.0]])
+    assert drift({2: shares}, ("white", "black")).splitlines()[2:] == [
+        "| seed 2, white | 100 | 25 |",
+        "| seed 2, black | 50 | 0 |",
+    ]
+
+
+@pytest.mark.parametrize("name", ["tiles", "balls"])
+def test_states_are_drawn_as_in_the_clips(name: str) -> None:
+    compared = SETTINGS[name]
+    if name == "balls":
+        clip = balls.draw_clip(0, "train", 0)
+        row, frames = balls.manifest_row(clip, "train", 0), balls.render(clip)
+    else:
+        drawn = world.draw_clip(0, "train", 0)
+        row = world.manifest_row(drawn, "train", 0)
+        frames = world.render(drawn.board, drawn.path)
+    places = compared.places(row)
+    assert places.shape == (8, len(compared.balls))
+    assert (compared.draw(row, places) == frames).all()
 
 
 def test_questions_and_answers_are_true() -> None:

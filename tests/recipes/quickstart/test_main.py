@@ -18,7 +18,7 @@ from rl.checkpoints import STATE_FILE
 from rl.errors import RecipeError
 from rl.policy.model import load_policy
 
-pytestmark = pytest.mark.slow  # `tests/recipes/study` goes through all stages in seconds
+pytestmark = pytest.mark.slow  # the study's tests go through the same stages on a few clips
 
 COMMAND = [sys.executable, "-c", "from recipes.cli import app; app()", "quickstart", "--output"]
 

@@ -12,7 +12,7 @@ from recipes.configs import trainer_config
 from recipes.loading import load_recipe
 from recipes.quickstart.perception import Perception
 from recipes.study import world
-from recipes.study.chain import Chain, Scale
+from recipes.study.chain import Scale
 from recipes.study.main import run_study
 from recipes.study.table import cell, interval, study_table
 from recipes.study.variants import VARIANTS
@@ -44,31 +44,28 @@ TINY = Scale(
 
 @pytest.mark.parametrize("name", ["tiles", pytest.param("balls", marks=pytest.mark.slow)])
 def test_the_chain(name: str, tmp_path: Path) -> None:
-    chain = Chain(tmp_path, 0, TINY, Console(quiet=True), name)
-    chain.prepare()
-    chain.select()
-    chain.train("la_dapo")
-    found = chain.evaluate("la_dapo")
-    assert found["modes"]["free"]["answers"] == 4
-    kept = [json.loads(line) for line in (tmp_path / "select" / "kept.jsonl").open()]
+    results = run_study(tmp_path, [0], ["la_dapo"], Console(quiet=True), TINY, name)
+    assert list(results["figures"]) == ["zero_shot", "sft", "la_dapo"]
+    table = (tmp_path / name / "table.md").read_text()
+    assert "| LA-DAPO |" in table and "1-Hop" in table
+    seed = tmp_path / name / "seed0"
+    kept = [json.loads(line) for line in (seed / "select" / "kept.jsonl").open()]
     assert len(kept) == 8 and all(row["imagine"] for row in kept)
     for stage, policy in (("sft", "base"), ("la_dapo", "sft")):
-        recipe = (tmp_path / stage / "recipe.yaml").read_text()
-        assert str(tmp_path / "select" / "kept.jsonl") in recipe
-        assert str(tmp_path / policy / "policy") in recipe
-    results = json.loads((tmp_path / "held_out" / "la_dapo" / "results.json").read_text())
-    assert results["policy"] == str(tmp_path / "la_dapo" / "policy")
+        recipe = (seed / stage / "recipe.yaml").read_text()
+        assert str(seed / "select" / "kept.jsonl") in recipe
+        assert str(seed / policy / "policy") in recipe
+    evaluated = json.loads((seed / "held_out" / "la_dapo" / "results.json").read_text())
+    assert evaluated["policy"] == str(seed / "la_dapo" / "policy")
+    assert evaluated["benchmarks"]["held_out"]["modes"]["free"]["answers"] == 4
 
 
 @pytest.mark.slow
-def test_the_study(tmp_path: Path) -> None:
-    variants = ["la_dapo", "published"]
+def test_started_again_it_computes_nothing_and_says_the_same(tmp_path: Path) -> None:
+    variants = ["text_only", "published"]
     results = run_study(tmp_path, [0], variants, Console(quiet=True), TINY)
-    assert list(results["figures"]) == ["zero_shot", "sft", *variants]
+    assert list(results["figures"]) == ["zero_shot", "sft", "sft_text", *variants]
     seed = tmp_path / "tiles" / "seed0"
-    table = (tmp_path / "tiles" / "table.md").read_text()
-    assert "| published objective |" in table and "1-Hop" in table
-    # Started again it computes nothing, and says the same.
     before = {p: p.stat().st_mtime_ns for p in seed.rglob("*.safetensors")}
     assert run_study(tmp_path, [0], variants, Console(quiet=True), TINY) == results
     assert {p: p.stat().st_mtime_ns for p in seed.rglob("*.safetensors")} == before
