@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from recipes.configs import trainer_config
@@ -40,6 +42,15 @@ TINY = Scale(
         "evaluate": {"rollouts.workers": 1},
     },
 )
+
+
+@pytest.fixture(autouse=True)
+def torch_as_before() -> Iterator[None]:
+    """The study sets torch up for its small model, which hypothesis refuses to work with."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
 
 
 @pytest.mark.parametrize("name", ["tiles", pytest.param("balls", marks=pytest.mark.slow)])
