@@ -16,9 +16,9 @@ answer:
 
 Text, pause and latents take the same number of decoding steps: one for each state from the last one
 shown on, and two more, the start and the end of the span or the first and the last word. All seeds
-share the clips. Prints a table with the held-out clips, or,
-with ``--split validation``, those to decide on, and a second one that says how far greedy latents
-stay with the true states. What is finished in the folder is not run again.
+share the clips. Prints a table with the held-out clips, or, with ``--split validation``, those to
+decide on, and a second one that says how far greedy latents stay with the true states. What is
+finished in the folder is not trained again.
 """
 
 from __future__ import annotations

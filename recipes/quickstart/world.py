@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,10 +183,15 @@ def write_clips(
             write_whole(path, lambda draft, film=film: draft.write_bytes(film))
         if progress:
             progress(index + 1, count)
+    return write_jsonl(manifest, rows)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """Write `rows` as a manifest, if the file does not say the same already."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    if not manifest.exists() or manifest.read_text() != text:
-        write_text(manifest, text)
-    return manifest
+    if not path.exists() or path.read_text() != text:
+        write_text(path, text)
+    return path
 
 
 def _claim(folder: Path, manifest: Path, origin: str) -> None:

@@ -17,9 +17,10 @@ from recipes.callbacks import progress_bar
 from recipes.loading import load_any_recipe
 from recipes.quickstart.checkpoint import make_checkpoint
 from recipes.quickstart.perception import Perception, pretrain
+from recipes.quickstart.world import write_jsonl
 from recipes.stages import run_stage
 from recipes.study.variants import SFT, VARIANTS, Changes
-from recipes.study.world import LATENTS, SETTINGS, Style, row_of, write_jsonl
+from recipes.study.world import LATENTS, SETTINGS, Style, row_of
 from rl.data.manifest import read_manifest
 from rl.data.media import MediaProcessor
 from rl.export import whole_folder

@@ -8,8 +8,7 @@ what the base model learns to answer, and what the hinted probe of the selection
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,6 @@ from recipes.quickstart import balls, texts, tiles, world
 from recipes.quickstart.perception import Perception
 from recipes.quickstart.world import FRAMES_PER_STATE, OBSERVED
 from recipes.quickstart.worlds import World
-from rl.writing import write_text
 
 Style = Literal["latents", "text", "direct", "seen"]
 Row = dict[str, Any]  # of a manifest
@@ -119,14 +117,6 @@ def row_of(setting: Setting, seed: int, split: str, index: int, style: Style) ->
         steps = [texts.NEXT, *(word for s in states for word in setting.cells(clip, s))]
         row["reasoning"] = " ".join(steps if chance < SHARES[row["template"]] else landings)
     return row
-
-
-def write_jsonl(path: Path, rows: Iterable[Row]) -> Path:
-    """Write `rows` as a manifest, if the file does not say the same already."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if not path.exists() or path.read_text() != text:
-        write_text(path, text)
-    return path
 
 
 def _end(hop: int) -> int:
