@@ -65,10 +65,12 @@ class MetricsFile(TrainerCallback):
 
 
 class TrainingProgress(TrainerCallback):
-    """A bar over the steps, and a line a log above it."""
+    """A bar over the steps, and a line a log above it. `steps` says after how many training will
+    be stopped, where that is before its end.
+    """
 
-    def __init__(self, console: Console, name: str) -> None:
-        self._console, self._name = console, name
+    def __init__(self, console: Console, name: str, steps: int | None = None) -> None:
+        self._console, self._name, self._steps = console, name, steps
         self._bar = progress_bar(console)
 
     def on_train_begin(
@@ -76,7 +78,7 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         self._bar.start()
         self._task = self._bar.add_task(
-            self._name, total=state.max_steps, completed=state.global_step
+            self._name, total=self._steps or state.max_steps, completed=state.global_step
         )
 
     def on_step_end(
@@ -93,7 +95,7 @@ class TrainingProgress(TrainerCallback):
         ]
         if shown:
             self._console.print(
-                f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown),
+                f"step {state.global_step}/{self._steps or state.max_steps}  " + "  ".join(shown),
                 highlight=False,
                 soft_wrap=True,
             )

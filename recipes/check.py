@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoProcessor
 
+from recipes.check_modules import check_modules, wanted_modules
 from recipes.engines import EngineChoice, engine_of
 from recipes.loading import Recipe
 from recipes.schema import ClipSection, LADAPORecipe, RecipeBase, RewardSection, SFTRecipe
@@ -26,7 +27,8 @@ from rl.data.media import Media, MediaProcessor
 from rl.errors import ObjectiveError, PolicyError, RecipeError, VideoError
 from rl.export import POLICY
 from rl.policy.heads import HeadConfig
-from rl.policy.model import CONFIG_KEY, policy_settings
+from rl.policy.model import CONFIG_KEY, policy_settings, read_config
+from rl.policy.modules import ModulesConfig
 from rl.policy.protocol import LatentProtocol
 from rl.trajectory import Sample
 
@@ -38,6 +40,7 @@ class Start:
     processor: Any
     protocol: LatentProtocol
     head: HeadConfig
+    modules: ModulesConfig
     is_policy: bool  # whether `policy.path` is a policy already
     as_it_is: bool  # whether the run starts from exactly that policy
 
@@ -92,7 +95,7 @@ def check_recipe(recipe: Recipe) -> Plan:
         },
         rewards=rewards,
         warnings=warnings,
-        engine=engine_of(recipe) if isinstance(recipe, LADAPORecipe) else None,
+        engine=engine_of(recipe, start.modules.names) if isinstance(recipe, LADAPORecipe) else None,
     )
 
 
@@ -119,12 +122,16 @@ def read_start(recipe: RecipeBase) -> Start:
     settings = read_settings(recipe.policy.path)
     protocol = _protocol(recipe, settings)
     own = LatentProtocol.from_dict(settings["protocol"]) if settings else None
+    had = ModulesConfig.from_dict((settings or {}).get("modules", {}))
+    modules = had.added(wanted_modules(recipe.policy))
+    check_modules(recipe, modules, read_config(recipe.policy.path))
     return Start(
         AutoProcessor.from_pretrained(recipe.policy.path),
         protocol,
         _head(recipe, settings),
+        modules,
         settings is not None,
-        protocol == own,
+        (protocol, modules) == (own, had),
     )
 
 
@@ -289,21 +296,21 @@ def _check_lessons(
     head: HeadConfig,
     media: MediaProcessor,
 ) -> None:
-    """Whether the protocol allows what the manifest's `imagine` asks for."""
-    from rl.sft.taught import span_lengths
+    """Whether rows have what their lessons need, and the protocol allows these at all times."""
+    from recipes.configs import trainer_config
+    from rl.sft.lessons import longest_spans
 
     if recipe.train.start_at_mean and head.kind == "identity":
         raise PolicyError(
             "train.start_at_mean needs a latent head with a bias, but the policy's head is the "
             "identity; leave it out, or choose another policy.head"
         )
-    for sample in samples:
-        span_lengths(
-            sample,
-            protocol,
-            temporal_patch_size=media.temporal_patch_size,
-            tokens_per_patch=recipe.train.tokens_per_patch,
-        )
+    longest_spans(
+        samples,
+        trainer_config(recipe),
+        protocol,
+        temporal_patch_size=media.temporal_patch_size,
+    )
 
 
 def reward_terms(recipe: LADAPORecipe) -> list[RewardTerm]:

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from recipes.cli_base import Debug, RecipeFile, Settings, errors_shown, loading
+from recipes.cli_diagnose import diagnose_app
 from recipes.cli_evaluate import evaluate
 from recipes.cli_rewards import rewards_app
 from rollouts import vllm_cpu
@@ -99,6 +100,7 @@ def check(
 
 app.command()(evaluate)
 app.add_typer(rewards_app, name="rewards")
+app.add_typer(diagnose_app, name="diagnose")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from recipes.loading import Recipe
 from recipes.schema import LADAPORecipe, LoraSection, RecipeBase
 from rl.errors import ForesightError, RecipeError
 from rl.export import CHECKPOINTS
-from rl.policy.adapters import with_whole_head
+from rl.policy.adapters import with_whole_modules
 
 
 def config_class(recipe: Recipe) -> type[Any]:
@@ -75,4 +75,4 @@ def with_adapters(policy: Any, section: LoraSection | None) -> Any:
         return policy
     from peft import get_peft_model
 
-    return get_peft_model(policy, with_whole_head(lora_config(section), policy))
+    return get_peft_model(policy, with_whole_modules(lora_config(section), policy))

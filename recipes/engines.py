@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,15 +45,26 @@ class EngineChoice:
 
 
 def choose_engine(
-    wanted: Literal["auto", "transformers", "vllm"], policy: str | Path, *, gpu: bool
+    wanted: Literal["auto", "transformers", "vllm"],
+    policy: str | Path,
+    *,
+    gpu: bool,
+    modules: Sequence[str] = (),
 ) -> EngineChoice:
-    """What samples from `policy`, a policy or the model it will be made of; `gpu`: whether workers
-    have GPUs.
+    """What samples from `policy`, a policy or the model it will be made of, with latent `modules`
+    of these names; `gpu`: whether workers have GPUs.
 
     Raises `RecipeError` where vLLM is asked for and cannot be had.
     """
     if wanted == "transformers":
         return EngineChoice(wanted, "rollouts.engine says so")
+    if modules:
+        missing = f"vLLM cannot run policy.{' and policy.'.join(modules)} yet"
+        if wanted == "vllm":
+            raise RecipeError(
+                f"rollouts.engine is vllm, but {missing}; write transformers, the engine that can"
+            )
+        return EngineChoice("transformers", missing)
     if wanted == "auto" and not gpu:
         return EngineChoice("transformers", "there is no GPU, where vLLM would be faster")
     name = policy_class(model_class(read_config(policy), policy)).__name__
@@ -146,10 +158,14 @@ def worker_dtype(settings: RolloutsSection, gpus: float) -> Literal["float32", "
     return settings.dtype
 
 
-def engine_of(recipe: SamplingRecipe) -> EngineChoice:
-    """What a recipe samples with. Raises `RecipeError` for what a run would refuse."""
+def engine_of(recipe: SamplingRecipe, modules: Sequence[str]) -> EngineChoice:
+    """What a recipe samples with from a policy with these latent `modules`. Raises `RecipeError`
+    for what a run would refuse.
+    """
     gpus = worker_gpus(recipe)
-    choice = choose_engine(recipe.rollouts.engine, recipe.policy.path, gpu=gpus > 0)
+    choice = choose_engine(
+        recipe.rollouts.engine, recipe.policy.path, gpu=gpus > 0, modules=modules
+    )
     if choice.engine == "vllm":
         vllm_options(recipe.rollouts, gpus, trainer=isinstance(recipe, LADAPORecipe))
     return choice

@@ -5,15 +5,16 @@ reading.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from transformers import AutoProcessor, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import SaveStrategy
 
 from recipes.callbacks import MetricsFile, TrainingProgress
 from recipes.check import Plan, check_recipe, media_processor
@@ -28,7 +29,7 @@ from recipes.sampling import (
     reward_set,
     rollout_pool,
 )
-from recipes.schema import LADAPORecipe
+from recipes.schema import LADAPORecipe, SFTRecipe
 from recipes.start import start_policy
 from rewards.scorer import RewardSet
 from rl.checkpoints import last_complete, read_state
@@ -41,6 +42,9 @@ from rl.policy.model import load_policy
 from rl.records import write_record
 from rl.weights import weight_update
 from rollouts.pool import RolloutPool
+
+if TYPE_CHECKING:
+    from rl.sft.trainer import LatentSFTTrainer
 
 
 @dataclass(frozen=True)
@@ -194,21 +198,9 @@ def _train(
             recorder=_recorder(recipe, run, rewards),
             broken=_broken(recipe, plan, run, "train"),
         )
+        _silence(trainer)
     else:
-        from rl.sft.trainer import LatentSFTTrainer
-
-        model = with_adapters(policy, recipe.train.lora)
-        trainer = LatentSFTTrainer(
-            model,
-            trainer_config(recipe),
-            plan.train,
-            media,
-            callbacks=callbacks,
-            broken=_broken(recipe, plan, run, "train"),
-            tell=console.print,
-        )
-    for callback in (PrinterCallback, ProgressCallback):  # ours shows more in less space
-        trainer.remove_callback(callback)
+        trainer = sft_trainer(recipe, plan, run, policy, media, console, callbacks)
 
     if recipe.train.validate_every is not None:
         modes = (recipe.train.imagine,) if isinstance(recipe, LADAPORecipe) else ("free",)
@@ -229,6 +221,44 @@ def _train(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         progress.stop()
+
+
+def sft_trainer(
+    recipe: SFTRecipe,
+    plan: Plan,
+    run: RunFolder,
+    policy: Any,
+    media: MediaProcessor,
+    console: Console,
+    callbacks: Sequence[TrainerCallback],
+    *,
+    checkpoints: bool = True,
+) -> LatentSFTTrainer:
+    """The trainer that an SFT recipe describes, around `policy`; without `checkpoints` it keeps
+    none.
+    """
+    from rl.sft.trainer import LatentSFTTrainer
+
+    config = trainer_config(recipe)
+    if not checkpoints:
+        config.save_strategy = SaveStrategy.NO
+    trainer = LatentSFTTrainer(
+        with_adapters(policy, recipe.train.lora),
+        config,
+        plan.train,
+        media,
+        callbacks=callbacks,
+        broken=_broken(recipe, plan, run, "train"),
+        tell=console.print,
+    )
+    _silence(trainer)
+    return trainer
+
+
+def _silence(trainer: Any) -> None:
+    """Take transformers' own progress off: ours shows more in less space."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
 
 
 def _broken(recipe: Recipe, plan: Plan, run: RunFolder, name: str) -> BrokenClips:

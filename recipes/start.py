@@ -21,11 +21,16 @@ def start_policy(recipe: RecipeBase, start: Start, run: RunFolder, console: Cons
     if not run.start.is_dir():
         with console.status("making the policy"), whole_folder(run.start) as draft:
             if start.is_policy:
-                policy = load_policy(path, dtype="auto")
+                policy = load_policy(path, start.modules, dtype="auto")
                 policy.set_protocol(start.protocol)
             else:
                 policy = make_policy(
-                    path, start.processor, start.protocol, start.head, dtype="auto"
+                    path,
+                    start.processor,
+                    start.protocol,
+                    start.head,
+                    start.modules,
+                    dtype="auto",
                 )
             save_policy(policy, start.processor, draft)
     return str(run.start)

@@ -212,9 +212,13 @@ def _outputs(
         attention_mask=torch.ones_like(ids, device=device),
         mm_token_type_ids=torch.zeros_like(ids, device=device),
         latents=latents.to(device),
+        use_cache=False,
     )
     hidden = out.last_hidden_state
-    result = policy.get_output_embeddings()(hidden).cpu(), policy.latent_head(hidden).cpu()
+    # Any numbers do for a video: the latents themselves.
+    visible = torch.ones(1, 1, len(latents), dtype=torch.bool, device=device)
+    seen = policy.see(latents[None].to(device), visible)
+    result = policy.get_output_embeddings()(hidden).cpu(), policy.latent_means(hidden, seen).cpu()
     _cast(policy.train(training), dtype)
     return result
 

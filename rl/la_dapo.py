@@ -34,7 +34,7 @@ from rl.interfaces import GroupScores, Rollouts, Scorer
 from rl.la_dapo_config import LADAPOConfig
 from rl.la_dapo_loss import ReplayLoss, gathered
 from rl.passes import Passes, deal_groups
-from rl.policy.adapters import with_whole_head
+from rl.policy.adapters import with_whole_modules
 from rl.policy.model import LatentPolicy
 from rl.policy.protocol import Slot
 from rl.policy.vision import vision_tower
@@ -106,7 +106,7 @@ class LADAPOTrainer(ReplayLoss):
         # By mode: the step of the last rollout, and its number in that step.
         self._last_sampled: dict[str, tuple[int, int]] = {}
         if peft_config is not None:
-            peft_config = with_whole_head(peft_config, model)
+            peft_config = with_whole_modules(peft_config, model)
         wants_reference = args.beta != 0.0 or args.latent_beta != 0.0
         reference = copy.deepcopy(model) if wants_reference and peft_config is None else None
         args.reward_weights = list(scorer.weights)
@@ -362,6 +362,17 @@ def _check(model: Any, args: LADAPOConfig) -> None:
     if not isinstance(model, LatentPolicy):
         raise PolicyError(
             f"{type(model).__name__} is no latent policy; make one with `rl.make_policy`"
+        )
+    modules = model.modules_config
+    if args.objective == "published" and modules.names:
+        raise ObjectiveError(
+            f"objective is published, whose release knows none of the policy's modules "
+            f"({', '.join(modules.names)}); leave objective at exact"
+        )
+    if not modules.shares_prompts:
+        raise PolicyError(
+            "the policy's depth router is the published one, which cannot generate, so there is "
+            "nothing to learn from; train a policy with router: token"
         )
     noise = model.protocol.noise_scale
     if noise > 0.0 and args.objective == "published":

@@ -68,6 +68,9 @@ class LADAPOConfig(GRPOConfig):
     latent_beta: float = field(
         default=0.0, metadata={"help": "β_z, weight of the latents' KL to the reference policy."}
     )
+    depth_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the depth gates' budget, where there are some."}
+    )
     filter_low: float = field(
         default=0.0,
         metadata={"help": "Train on groups whose accuracy is above this (DAPO 0, Future-L1 0.1)."},
@@ -114,6 +117,8 @@ class LADAPOConfig(GRPOConfig):
         self._check_published()
         if self.imagine not in get_args(Imagine):
             raise ObjectiveError(f"imagine is {self.imagine!r}; choose one of {get_args(Imagine)}")
+        if self.depth_weight < 0:
+            raise ObjectiveError(f"depth_weight is {self.depth_weight}; it must be at least 0")
         if self.max_refills < 0:
             raise ObjectiveError(f"max_refills is {self.max_refills}; it must be >= 0")
         if self.temperature <= 0:

@@ -16,6 +16,7 @@ from rl.errors import ObjectiveError
 from rl.la_dapo_config import LADAPOConfig
 from rl.latent_term import MEANS, latent_term
 from rl.passes import Passes, take_rows
+from rl.policy.depth import budget_loss
 from rl.policy.model import LatentPolicy
 from rl.published import bounded_reference, sampler_gaps
 from rl.scoring import Replay, replay_gaps
@@ -149,10 +150,24 @@ class ReplayLoss(GRPOTrainer):
         own = take_rows(inputs, inputs["rows"]) if "rows" in inputs else inputs
         self._check_mismatch(replayed, own)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        alone = sum(len(t.prompt_ids) + len(t.completion_ids) for t in own["trajectories"])
+        alone = sum(len(t.prompt_ids) + t.row_tokens for t in own["trajectories"])
         metrics["passes/tokens"].append(replayed.tokens)
         metrics["passes/shared"].append(1.0 - replayed.tokens / alone)
-        return loss + self._latent_loss(replayed, own)
+        return loss + self._latent_loss(replayed, own) + self._depth_loss(replayed, own, inputs)
+
+    def _depth_loss(
+        self, replayed: Replay, own: dict[str, Any], inputs: dict[str, Any]
+    ) -> torch.Tensor | float:
+        """The budget of the depth gates in this pass, which counts as many rows as it has."""
+        config = self.policy.modules_config.depth
+        if config is None or replayed.depth is None:
+            return 0.0
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["depth/share"].append(replayed.depth.item())
+        share = len(own["trajectories"]) / len(inputs["trajectories"])
+        if mode == "train":
+            share /= self.current_gradient_accumulation_steps
+        return self.args.depth_weight * share * budget_loss(replayed.depth, config.budget)
 
     def _latent_loss(self, replayed: Replay, inputs: dict[str, Any]) -> torch.Tensor:
         """α·L_latent + β_z·KL_latent, normalised by the latents of the whole batch as TRL does it

@@ -29,7 +29,7 @@ from transformers import PretrainedConfig
 from rl.dry_run import DryRun
 from rl.errors import PolicyError, TrajectoryError
 from rl.interfaces import Media
-from rl.policy.adapters import with_whole_head
+from rl.policy.adapters import with_whole_modules
 from rl.policy.heads import HeadConfig
 from rl.policy.model import (
     CONFIG_KEY,
@@ -209,7 +209,7 @@ def trained_model(policy: Any, setting: MemorySetting) -> Any:
     if setting.peft_config is not None:
         from peft import get_peft_model
 
-        model = get_peft_model(policy, with_whole_head(setting.peft_config, policy))
+        model = get_peft_model(policy, with_whole_modules(setting.peft_config, policy))
         if setting.gradient_checkpointing:
             policy.enable_input_require_grads()
     if setting.gradient_checkpointing:

@@ -113,7 +113,7 @@ def _halves(a_pass: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
 
 def _cost(trajectories: Sequence[Trajectory], rows: Sequence[int]) -> int:
     """Tokens of one group's rows: its prompt and their completions."""
-    completions = sum(len(trajectories[row].completion_ids) for row in rows)
+    completions = sum(trajectories[row].row_tokens for row in rows)
     return len(trajectories[rows[0]].prompt_ids) + completions
 
 
@@ -124,7 +124,7 @@ def _cut_group(
     pieces: list[list[int]] = []
     used = 0
     for row in rows:
-        tokens = len(trajectories[row].completion_ids)
+        tokens = trajectories[row].row_tokens
         if pieces and used + tokens <= room:
             pieces[-1].append(row)
             used += tokens

@@ -84,21 +84,19 @@ def collate_published(
 def _all_tokens(
     trajectories: Sequence[Trajectory],
     policy: LatentPolicy,
-    starts: dict[int, int],
-    ends: dict[int, int],
+    before: Sequence[np.ndarray],
     width: int,
 ) -> tuple[ScoreSlots, torch.Tensor]:
     """Every token of every completion, and the hidden states at the latents."""
     rows, ids, heat, latent_rows, places = [], [], [], [], []
-    for row, t in enumerate(trajectories):
-        at = starts[row] + np.arange(len(t.completion_ids))
-        before = at - 1
-        before[0] = ends[row]
-        rows.append(before)
+    for row, (t, deciding) in enumerate(zip(trajectories, before, strict=True)):
+        rows.append(deciding)
         ids.append(t.completion_ids)
-        heat.append(np.full(len(at), t.sampling.temperature or 1.0, dtype=np.float32))
-        latent_rows.append(at[t.completion_ids == t.filler])
-        places.append(row * width + np.arange(len(at)))
+        heat.append(np.full(len(deciding), t.sampling.temperature or 1.0, dtype=np.float32))
+        # At a latent, not before it: the release is off by one. Nothing stands in between, as this
+        # objective does not go with visual replay.
+        latent_rows.append(deciding[t.completion_ids == t.filler] + 1)
+        places.append(row * width + np.arange(len(deciding)))
     count = sum(map(len, ids))
     slots = ScoreSlots(
         rows=torch.from_numpy(np.concatenate(rows)),

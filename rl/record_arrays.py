@@ -25,6 +25,8 @@ ARRAYS = {
     "latents": "latent_offsets",
     "latent_logprobs": "latent_offsets",
 }
+# And of those sampled with visual replay.
+OPTIONAL = {"replayed": "latent_offsets"}
 
 
 def pack(trajectories: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
@@ -36,7 +38,8 @@ def pack(trajectories: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
             "the trajectories of a step come from one policy"
         )
     tensors = {}
-    for name, offsets in ARRAYS.items():
+    there = {n: o for n, o in OPTIONAL.items() if getattr(trajectories[0], n) is not None}
+    for name, offsets in {**ARRAYS, **there}.items():
         parts = [getattr(t, name) for t in trajectories]
         ends = list(accumulate((len(part) for part in parts), initial=0))
         tensors[offsets] = torch.tensor(ends)
@@ -103,7 +106,8 @@ def _slice(tensors: dict[str, torch.Tensor], place: int) -> dict[str, torch.Tens
     # Copies: a slice would keep the arrays of the whole step alive, and be pickled with them.
     return {
         name: tensors[name][slice(*tensors[offsets][place : place + 2].tolist())].clone()
-        for name, offsets in ARRAYS.items()
+        for name, offsets in (ARRAYS | OPTIONAL).items()
+        if name in tensors
     }
 
 

@@ -18,10 +18,11 @@ A step is one file, or two, in a folder. ``step-000020.jsonl`` has one line a tr
 | arrays | its file and row of arrays, if they were recorded |
 
 ``step-000020.safetensors`` holds the arrays of all N trajectories end to end (`prompt_ids`,
-`completion_ids`, `decision`, `logprobs`, `kept`, `latents`, `latent_logprobs`, each in its own
-dtype) and where each begins (`prompt_offsets`, `completion_offsets`, `latent_offsets` [N + 1]).
-With it, every `Trajectory` comes back exactly. A line names its row, so lines may be cut out and
-reordered. Records of version 1 are read as what they are: sampled without truncation.
+`completion_ids`, `decision`, `logprobs`, `kept`, `latents`, `latent_logprobs`, with visual replay
+also `replayed`, each in its own dtype) and where each begins (`prompt_offsets`,
+`completion_offsets`, `latent_offsets` [N + 1]). With it, every `Trajectory` comes back exactly. A
+line names its row, so lines may be cut out and reordered. Records of version 1 are read as what
+they are: sampled without truncation.
 """
 
 from __future__ import annotations

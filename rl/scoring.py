@@ -17,9 +17,10 @@ from rl.errors import TrajectoryError
 from rl.interfaces import Media, MediaSource
 from rl.policy.density import log_density
 from rl.policy.layout import PackLayout
-from rl.policy.model import LatentPolicy
+from rl.policy.model import LatentPolicy, placeholder_ids
 from rl.policy.protocol import Slot
 from rl.policy.scores import Scores, ScoreSlots
+from rl.policy.video_tokens import VideoRows
 from rl.trajectory import MediaKey, Trajectory
 
 
@@ -59,9 +60,9 @@ def prompt_groups(trajectories: Sequence[Trajectory]) -> list[list[int]]:
     return list(groups.values())
 
 
-# Says what to score of trajectories, as `_slots` does and with its arguments.
+# Says what to score of trajectories, as `decision_slots` does and with its arguments.
 SlotChooser = Callable[
-    [Sequence[Trajectory], LatentPolicy, dict[int, int], dict[int, int], int],
+    [Sequence[Trajectory], LatentPolicy, Sequence[np.ndarray], int],
     tuple[ScoreSlots, torch.Tensor],
 ]
 
@@ -82,35 +83,36 @@ def collate(
     protocol.
     """
     # Sequences of equal length stand side by side, where attention computes them together.
-    groups = [
-        sorted(rows, key=lambda row: len(trajectories[row].completion_ids))
-        for rows in prompt_groups(trajectories)
-    ]
-    groups.sort(key=lambda rows: (len(rows) > 1, _length(trajectories[rows[0]])))
+    laid = [_Completion.of(t) for t in trajectories]
+    lengths = [len(t.prompt_ids) + len(c.ids) for t, c in zip(trajectories, laid, strict=True)]
+    shared = prompt_groups(trajectories)
+    if not policy.modules_config.shares_prompts:
+        shared = [[row] for rows in shared for row in rows]
+    groups = [sorted(rows, key=lengths.__getitem__) for rows in shared]
+    groups.sort(key=lambda rows: (len(rows) > 1, lengths[rows[0]]))
     layout = PackLayout.of(
-        (
-            len(trajectories[rows[0]].prompt_ids),
-            [len(trajectories[row].completion_ids) for row in rows],
-        )
+        (len(trajectories[rows[0]].prompt_ids), [len(laid[row].ids) for row in rows])
         for rows in groups
     )
-    starts: dict[int, int] = {}  # where each completion begins, and the last token of its prompt
-    ends: dict[int, int] = {}
+    before: list[np.ndarray] = [np.empty(0, np.int64)] * len(trajectories)
     clips: dict[MediaKey, Media] = {}
     ids, positions, shown = [], [], []
-    for group, rows in zip(layout.groups, groups, strict=True):
+    video = _VideoPlaces(policy)
+    for number, (group, rows) in enumerate(zip(layout.groups, groups, strict=True)):
         first, place = trajectories[rows[0]], group.answers
         shown.extend(first.media)
         clips.update((key, media.get(key)) for key in first.media if key not in clips)
         prompt, behind = _prompt_positions(first, [clips[k] for k in first.media], policy)
+        tokens = video.prompt(first.prompt_ids, group.start, number)
         ids.append(first.prompt_ids)
         positions.append(prompt)
         for row in rows:
-            completion = trajectories[row].completion_ids
-            starts[row], ends[row] = place, group.answers - 1
-            ids.append(completion)
-            positions.append((behind + torch.arange(len(completion))).expand(3, -1))
-            place += len(completion)
+            completion = laid[row]
+            before[row] = completion.before(place, group.answers - 1)
+            ids.append(completion.ids)
+            positions.append(completion.positions(behind, prompt[:, tokens]))
+            video.completion(completion, place, tokens + group.start, number)
+            place += len(completion.ids)
     fed = [trajectories[row].latents for rows in groups for row in rows]
     inputs: dict[str, Any] = {
         "input_ids": torch.from_numpy(np.concatenate(ids))[None],
@@ -120,7 +122,12 @@ def collate(
         "latents": torch.cat(fed),
     }
     width = max(len(t.completion_ids) for t in trajectories)
-    inputs["slots"], places = (slots or _slots)(trajectories, policy, starts, ends, width)
+    inputs["slots"], places = (slots or decision_slots)(trajectories, policy, before, width)
+    if policy.modules_config.wants_video:
+        group_of = {row: number for number, rows in enumerate(groups) for row in rows}
+        inputs["video"] = video.rows(
+            [group_of[row] for row, t in enumerate(trajectories) for _ in range(len(t.latents))]
+        )
     return ReplayBatch(
         inputs,
         places,
@@ -130,42 +137,102 @@ def collate(
     )
 
 
-def _length(trajectory: Trajectory) -> int:
-    return len(trajectory.prompt_ids) + len(trajectory.completion_ids)
+@dataclass(frozen=True)
+class _Completion:
+    """A completion as the model sees it, with the video tokens that are shown again before its
+    latents.
+    """
+
+    ids: np.ndarray  # int64 [C + R]
+    at: np.ndarray  # int64 [C], where the completion's own tokens stand among them
+    again: np.ndarray  # int64 [R], where the others do
+    sources: np.ndarray  # int64 [R], which of the prompt's video tokens they are
+
+    @classmethod
+    def of(cls, t: Trajectory) -> _Completion:
+        length = len(t.completion_ids)
+        shown = np.zeros(length, np.int64)  # how many are shown again right before each token
+        sources = np.empty(0, np.int64)
+        if t.replayed is not None:
+            there = t.replayed >= 0
+            shown[t.completion_ids == t.filler] = there.sum(1)
+            sources = t.replayed[there].astype(np.int64)
+        at = np.arange(length) + shown.cumsum()
+        own = np.zeros(length + len(sources), dtype=bool)
+        own[at] = True
+        # Whatever ids the others have, their embeddings are put in their places.
+        ids = np.zeros(len(own), np.int64)
+        ids[at] = t.completion_ids
+        return cls(ids, at, (~own).nonzero()[0], sources)
+
+    def before(self, place: int, prompt_end: int) -> np.ndarray:
+        """Which hidden state of the row decides at each token [C], if this begins at `place`: that
+        of the token before, which is none that is shown again.
+        """
+        return np.concatenate([[prompt_end], place + self.at[:-1]])
+
+    def positions(self, behind: int, video: torch.Tensor) -> torch.Tensor:
+        """[3, C + R]: from `behind` on, and those of the prompt's video tokens [3, V] again."""
+        found = torch.empty(3, len(self.ids), dtype=torch.long)
+        found[:, self.at] = behind + torch.arange(len(self.at))
+        found[:, self.again] = video[:, self.sources]
+        return found
 
 
-def _slots(
+class _VideoPlaces:
+    """Collects where a row has video tokens, for policies whose modules need to know."""
+
+    def __init__(self, policy: LatentPolicy) -> None:
+        self._ids = placeholder_ids(policy.config)
+        self._parts: dict[str, list[np.ndarray]] = defaultdict(list)
+
+    def prompt(self, prompt_ids: np.ndarray, start: int, group: int) -> np.ndarray:
+        """Takes in a prompt that begins at `start`; where in it its video tokens are [V]."""
+        found = np.isin(prompt_ids, self._ids).nonzero()[0]
+        self._parts["rows"].append(found + start)
+        self._parts["groups"].append(np.full(len(found), group))
+        return found
+
+    def completion(self, laid: _Completion, place: int, tokens: np.ndarray, group: int) -> None:
+        """Takes in a completion at `place`, whose prompt's video tokens stand at `tokens`."""
+        self._parts["replayed"].append(laid.again + place)
+        self._parts["sources"].append(tokens[laid.sources])
+
+    def rows(self, latent_groups: Sequence[int]) -> VideoRows:
+        parts = {name: np.concatenate(values) for name, values in self._parts.items()}
+        parts["latent_groups"] = np.array(latent_groups, dtype=np.int64)
+        return VideoRows(**{name: torch.from_numpy(value) for name, value in parts.items()})
+
+
+def decision_slots(
     trajectories: Sequence[Trajectory],
     policy: LatentPolicy,
-    starts: dict[int, int],
-    ends: dict[int, int],
+    before: Sequence[np.ndarray],
     width: int,
 ) -> tuple[ScoreSlots, torch.Tensor]:
-    """What to score, trajectory by trajectory, and the places of the results in [B, C]. In the row,
-    the completion of trajectory i begins at `starts[i]`, and its prompt's last token is `ends[i]`.
+    """What to score, trajectory by trajectory, and the places of the results in [B, C]; `before`
+    says for each trajectory which hidden state decides at each of its tokens [C].
     """
     parts: dict[str, list[np.ndarray]] = defaultdict(list)
     places = []
-    for row, t in enumerate(trajectories):
+    for row, (t, deciding) in enumerate(zip(trajectories, before, strict=True)):
         trace = policy.protocol.trace(t.completion_ids, policy.latent_tokens, t.sampling.imagine)
         if not np.array_equal(trace.slots, t.decision):
             raise TrajectoryError(
                 f"trajectory of sample {t.sample_id!r}: its decisions are not those the policy's "
                 "protocol allows; it was sampled under another protocol"
             )
-        before = starts[row] - 1 + np.arange(len(t.completion_ids))
-        before[0] = ends[row]
         at = (trace.slots != Slot.FORCED).nonzero()[0]
         # A greedy trajectory is scored at temperature 1: its own distribution is a point.
         heat = np.full(len(at), t.sampling.temperature or 1.0, dtype=np.float32)
         for name, values in (
-            ("rows", before[at]),
+            ("rows", deciding[at]),
             ("ids", t.completion_ids[at]),
             ("kinds", trace.slots[at]),
             ("may_start", trace.may_start[at]),
             ("temperature", heat),
             ("kept", t.kept[at]),
-            ("latent_rows", before[t.completion_ids == t.filler]),
+            ("latent_rows", deciding[t.completion_ids == t.filler]),
         ):
             parts[name].append(values)
         places.append(row * width + at)
@@ -220,6 +287,30 @@ def media_types(input_ids: torch.Tensor, config: Any) -> torch.Tensor:
     return types
 
 
+def prompt_inputs(
+    policy: Any, prompts: Sequence[np.ndarray], clips: Sequence[Sequence[Media]], pad: int
+) -> dict[str, torch.Tensor]:
+    """What `policy` takes for prompts alone, int64 [P_i] each, left-padded with `pad`, which show
+    these clips.
+    """
+    width = max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    tensors = [clip.inputs for group in clips for clip in group]
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "mm_token_type_ids": media_types(ids, policy.config),
+        **{name: torch.cat([t[name] for t in tensors]) for name in (tensors[0] if tensors else {})},
+    }
+    if "pixel_values_videos" in batch:
+        batch["pixel_values_videos"] = batch["pixel_values_videos"].to(policy.dtype)
+    return {name: tensor.to(policy.device) for name, tensor in batch.items()}
+
+
 @dataclass(frozen=True)
 class Replay:
     """A replayed batch of B trajectories with completions padded to C, and L latents in all."""
@@ -229,6 +320,7 @@ class Replay:
     means: torch.Tensor  # [L, H]
     latent_logprobs: torch.Tensor | None  # float64 [L]; None when the policy has no noise
     tokens: int  # T, what the model computed for it
+    depth: torch.Tensor | None = None  # share of tokens that take a second pass, a scalar
 
 
 def replay(model: Callable[..., Scores], batch: ReplayBatch, policy: LatentPolicy) -> Replay:
@@ -247,6 +339,7 @@ def replay(model: Callable[..., Scores], batch: ReplayBatch, policy: LatentPolic
         if scale > 0
         else None,
         tokens=batch.tokens,
+        depth=scores.depth,
     )
 
 

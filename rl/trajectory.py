@@ -115,7 +115,9 @@ class Trajectory:
     temperature, bans and truncation: of the token at a TOKEN slot, of ending or continuing at a
     DECISION slot, 0 where it was forced. `kept[t]` says how many tokens truncated sampling kept at
     a TOKEN slot, 0 where nothing was cut off. `latent_logprobs[l]` is the log-density of
-    `latents[l]` (summed over H), 0 when sampling was greedy.
+    `latents[l]` (summed over H), 0 when sampling was greedy. `replayed` is set where the policy
+    replays video tokens (`rl.policy.visual_replay`): which of its prompt's were shown again before
+    each latent, -1 where there were no more.
     """
 
     sample_id: str
@@ -134,6 +136,7 @@ class Trajectory:
     sampling: Sampling
     seed: int
     text: str  # the completion decoded, latent markers kept, end-of-sequence dropped
+    replayed: np.ndarray | None = None  # int32 [L, k]
 
     def __post_init__(self) -> None:
         where = f"trajectory of sample {self.sample_id!r}"
@@ -153,6 +156,11 @@ class Trajectory:
             raise TrajectoryError(
                 f"{where}: {length} tokens, {len(self.decision)} decisions, {len(self.logprobs)} "
                 f"log-probs, {len(self.kept)} kept counts; these must be equal"
+            )
+        if self.replayed is not None and (self.replayed.ndim != 2 or len(self.replayed) != latents):
+            raise TrajectoryError(
+                f"{where}: replayed tokens have shape {self.replayed.shape} for {latents} latents; "
+                "they need one row a latent"
             )
         if len(self.prompt_ids) == 0 or length == 0:
             raise TrajectoryError(f"{where}: the prompt or the completion is empty")
@@ -188,6 +196,12 @@ class Trajectory:
     def imagined(self) -> bool:
         """Whether it has at least one latent."""
         return bool(self.latents.shape[0])
+
+    @property
+    def row_tokens(self) -> int:
+        """How many tokens the model computes for it in a replay, beside its prompt."""
+        again = 0 if self.replayed is None else int((self.replayed >= 0).sum())
+        return len(self.completion_ids) + again
 
     def spans(self) -> list[torch.Tensor]:
         """The latents span by span: tensors [T_j, H]."""

@@ -30,6 +30,7 @@ class Sampled:
     kept: Sequence[int] | np.ndarray  # [C], as in `Trajectory`
     latents: torch.Tensor  # [L, H], on the CPU, as fed
     latent_logprobs: Sequence[float] | np.ndarray  # [L]
+    replayed: np.ndarray | None = None  # int32 [L, k], as in `Trajectory`
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Assembler:
             text=self.processor.tokenizer.decode(
                 ids[:-1] if stopped else ids, skip_special_tokens=False
             ),
+            replayed=drawn.replayed,
         )
 
 

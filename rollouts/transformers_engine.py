@@ -25,7 +25,8 @@ from rl.policy.noise import Stream, uniform
 from rl.policy.protocol import SLOT_OF_STEP, Slot, SpanState, Step
 from rl.policy.sampling import draw_next
 from rl.policy.scores import full_logits
-from rl.scoring import media_types
+from rl.policy.unroll import Unroll
+from rl.scoring import prompt_inputs
 from rl.trajectory import RolloutRequest, Sample, Sampling, Trajectory, TrajectoryGroup
 from rollouts.assemble import Assembler, Meter, Sampled, check_update, clip_of, stop_ids
 
@@ -43,6 +44,7 @@ class _Row:
     kept: list[int] = field(default_factory=list)
     latents: list[torch.Tensor] = field(default_factory=list)
     latent_logprobs: list[float] = field(default_factory=list)
+    replayed: list[list[int]] = field(default_factory=list)
     finish_reason: str | None = None
 
 
@@ -129,74 +131,41 @@ class TransformersEngine:
                     "(data.frames) or ask for fewer tokens. Prompts are never cut"
                 )
         rows = [_Row(i, seed, r.sampling) for i, r in enumerate(requests) for seed in r.seeds]
-        inputs = self._prompt_batch(prompts, clips)
-        positions, next_position = self.policy.position_ids(inputs)
-        out = self.policy.hidden_states(**inputs, position_ids=positions, use_cache=True)
-        cache, mask = out.past_key_values, inputs["attention_mask"]
+        unroll = Unroll(self.policy, prompt_inputs(self.policy, prompts, clips, self._pad))
         # Share each prompt's cache out to the samples of its group.
-        owner = torch.tensor([row.request for row in rows], device=self.device)
-        cache.reorder_cache(owner)
-        hidden, mask, next_position = (
-            out.last_hidden_state[owner, -1],
-            mask[owner],
-            next_position[owner],
-        )
+        unroll.select(torch.tensor([row.request for row in rows], device=self.device))
 
         alive = rows
         while True:
-            ids, latents = self._decide(alive, hidden)
+            ids, latents = self._decide(alive, unroll)
             left = [i for i, row in enumerate(alive) if row.finish_reason is None]
-            if not left:
-                break
-            if len(left) < len(alive):
+            if left and len(left) < len(alive):
                 keep = torch.tensor(left, device=self.device)
                 latents = latents[self._fed(ids).nonzero()[:, 0].unsqueeze(1).eq(keep).any(1)]
-                cache.reorder_cache(keep)
-                ids, mask, next_position = ids[keep], mask[keep], next_position[keep]
+                unroll.select(keep)
+                ids = ids[keep]
                 alive = [alive[i] for i in left]
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-            hidden = self.policy.hidden_states(
-                input_ids=ids[:, None],
-                latents=latents,
-                attention_mask=mask,
-                position_ids=next_position.expand(3, -1)[..., None],
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
-            next_position = next_position + 1
+            if not left:
+                break
+            unroll.feed(ids, latents)
+            self._note_replayed(alive, ids, unroll.replayed)
         return self._trajectories(requests, rows, prompts, clips)
 
-    def _prompt_batch(
-        self, prompts: Sequence[np.ndarray], clips: Sequence[Sequence[Media]]
-    ) -> dict[str, torch.Tensor]:
-        width = max(len(p) for p in prompts)
-        ids = torch.full((len(prompts), width), self._pad)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        tensors = [clip.inputs for group in clips for clip in group]
-        batch = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "mm_token_type_ids": media_types(ids, self.policy.config),
-            **{
-                name: torch.cat([t[name] for t in tensors])
-                for name in (tensors[0] if tensors else {})
-            },
-        }
-        if "pixel_values_videos" in batch:
-            batch["pixel_values_videos"] = batch["pixel_values_videos"].to(self.policy.dtype)
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+    def _note_replayed(
+        self, rows: list[_Row], ids: torch.Tensor, replayed: torch.Tensor | None
+    ) -> None:
+        if replayed is not None:
+            for i in self._fed(ids).nonzero()[:, 0].tolist():
+                rows[i].replayed.append(replayed[i].tolist())
 
     def _fed(self, ids: torch.Tensor) -> torch.Tensor:
         return ids == self.policy.latent_tokens.filler
 
-    def _decide(self, rows: list[_Row], hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decide(self, rows: list[_Row], unroll: Unroll) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose what stands next in each row, and record it. Returns ids [N] and the latents to
         feed [F, H].
         """
-        protocol, tokens = self.policy.protocol, self.policy.latent_tokens
+        protocol, tokens, hidden = self.policy.protocol, self.policy.latent_tokens, unroll.hidden
         steps = [protocol.next_step(row.state, row.sampling.imagine) for row in rows]
         seeds = torch.tensor([row.seed for row in rows], device=self.device)
         places = torch.tensor([row.state.position for row in rows], device=self.device)
@@ -236,7 +205,7 @@ class TransformersEngine:
         latents = hidden[:0]
         if len(fed):
             latents, densities = self._draw_latents(
-                [rows[i] for i in fed.tolist()], hidden[fed], heat[fed]
+                [rows[i] for i in fed.tolist()], unroll.means(fed), heat[fed]
             )
             for i, latent, density in zip(fed.tolist(), latents, densities, strict=True):
                 rows[i].latents.append(latent)
@@ -255,11 +224,12 @@ class TransformersEngine:
         return ids, latents
 
     def _draw_latents(
-        self, rows: list[_Row], hidden: torch.Tensor, heat: torch.Tensor
+        self, rows: list[_Row], mean: torch.Tensor, heat: torch.Tensor
     ) -> tuple[torch.Tensor, list[float]]:
-        """Latents [F, H] in the dtype they are fed in, and their log-densities (0 where greedy)."""
+        """Latents [F, H] of these means, in the dtype they are fed in, and their log-densities (0
+        where greedy).
+        """
         protocol = self.policy.protocol
-        mean = self.policy.latent_head(hidden)
         noisy = heat > 0
         if protocol.noise_scale == 0.0 or not bool(noisy.any()):
             return mean, [0.0] * len(rows)
@@ -288,12 +258,22 @@ class TransformersEngine:
                 row.kept,
                 torch.stack(row.latents).cpu() if row.latents else nothing,
                 row.latent_logprobs,
+                self._replayed(row),
             )
             prompt, shown = prompts[row.request], tuple(c.key for c in clips[row.request])
             members[row.request].append(
                 self._assembler.trajectory(request, row.seed, prompt, shown, drawn, self.version)
             )
         return members
+
+    def _replayed(self, row: _Row) -> np.ndarray | None:
+        config = self.policy.modules_config.visual_replay
+        if config is None:
+            return None
+        found = np.full((len(row.latents), config.tokens), -1, dtype=np.int32)
+        # The last latent of a completion that was cut off behind it was never fed.
+        found[: len(row.replayed)] = np.array(row.replayed).reshape(-1, config.tokens)
+        return found
 
     @property
     def _assembler(self) -> Assembler:

@@ -23,9 +23,9 @@ from transformers import GenerationConfig
 
 from rl.data.broken import broken_clips, broken_samples
 from rl.data.media import MediaProcessor
-from rl.errors import ForesightError, RolloutError, VideoError
+from rl.errors import ForesightError, PolicyError, RolloutError, VideoError
 from rl.interfaces import MediaSource, WeightUpdate
-from rl.policy.model import protocol_and_tokens, read_config
+from rl.policy.model import policy_settings, protocol_and_tokens, read_config
 from rl.trajectory import RolloutRequest, Sample, Trajectory, TrajectoryGroup
 from rollouts import vllm_cpu
 from rollouts.assemble import Assembler, Meter, check_update, stop_ids
@@ -58,11 +58,17 @@ class VLLMEngine:
         version: int = 0,
         options: VLLMOptions | None = None,
     ) -> None:
+        config = read_config(folder)
+        if modules := policy_settings(config).get("modules"):
+            raise PolicyError(
+                f"{folder}: vLLM cannot run a policy with {', '.join(modules)} yet; sample with "
+                "the transformers engine (rollouts.engine: transformers)"
+            )
         vllm_cpu.install()
         self.processor, self.media = processor, media
         self.options = options or VLLMOptions()
         self.version = version
-        protocol, tokens = protocol_and_tokens(read_config(folder))
+        protocol, tokens = protocol_and_tokens(config)
         stops = stop_ids(GenerationConfig.from_pretrained(folder), processor.tokenizer)
         self._assembler = Assembler(protocol, tokens, processor, stops)
         self._shapes, tied = parameter_shapes(folder)

@@ -14,6 +14,7 @@ from rl.data.frames import FrameRule
 from rl.data.media import LocalMedia, MediaProcessor
 from rl.policy.heads import HeadConfig
 from rl.policy.model import make_policy
+from rl.policy.modules import ModulesConfig, is_new
 from rl.policy.protocol import LatentProtocol
 from rl.scoring import media_types
 from rl.trajectory import RolloutRequest, Sample, Sampling, Trajectory
@@ -30,9 +31,11 @@ def thinking_policy(
     head: str = "mlp",
     dtype: torch.dtype = torch.float32,
     boldness: float = 0.8,
+    modules: ModulesConfig | None = None,
 ) -> tuple[Any, Any]:
     """A policy and its processor. `boldness` is how widely the logits of start, end and
     end-of-sequence vary: the wider, the more spans, and the more rounding shows in log-probs.
+    `modules` are on for good: none of their gates is at its start of 0.
     """
     save_tiny_checkpoint(folder, family)
     processor = tiny_processor(family)
@@ -42,6 +45,7 @@ def thinking_policy(
         processor,
         protocol,
         HeadConfig(head, width=64),  # type: ignore[arg-type]
+        modules,
         dtype=dtype,
     )
     torch.manual_seed(15)
@@ -57,6 +61,10 @@ def thinking_policy(
         for parameter in policy.latent_head.parameters():
             if parameter.ndim == 2:
                 parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
+        for name, parameter in policy.named_parameters():
+            if is_new(name, policy.modules_config):
+                size = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.3
+                parameter.add_(torch.randn_like(parameter) * size)
     return policy.eval(), processor
 
 

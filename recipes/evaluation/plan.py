@@ -62,7 +62,7 @@ def check_evaluation(recipe: EvaluateRecipe) -> EvaluationPlan:
         if recipe.data.bad_videos == "stop":
             first = ask.show(job.samples[0])
             media.encode(first, [media.process(media.key(first))])
-    return EvaluationPlan(start, jobs, engine_of(recipe))
+    return EvaluationPlan(start, jobs, engine_of(recipe, start.modules.names))
 
 
 def _job(recipe: EvaluateRecipe, section: BenchmarkSection, is_policy: bool) -> Job:

@@ -28,6 +28,46 @@ class HeadSection(Section):
     )
 
 
+class InjectionSection(Section):
+    """Latents look at the video before they are fed (VideoLatent-style; `rl.policy.injection`)."""
+
+    heads: Count = Field(default=8, description="Heads of attention over the video's tokens.")
+    width: Count | None = Field(
+        default=None, description="Of all heads together; null: that of the hidden state."
+    )
+
+
+class DepthSection(Section):
+    """Hard tokens take a second pass through some layers (`rl.policy.depth`)."""
+
+    layers: list[Annotated[int, Field(ge=0)]] | None = Field(
+        default=None,
+        description="Layers that may give one, from 0; null: all odd ones with attention (Vedas).",
+    )
+    budget: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.25, description="Share of tokens that should take it."
+    )
+    router: Literal["token", "published"] = Field(
+        default="token",
+        description="token: each by its own state (ours). published: the best of a whole sequence, "
+        "a baseline that trains on given sequences and cannot generate.",
+    )
+    tokens: Count = Field(
+        default=32, description="Tokens of a sequence, for the published router (Vedas)."
+    )
+
+
+class VisualReplaySection(Section):
+    """Video tokens that matter are shown again before each latent (`rl.policy.visual_replay`)."""
+
+    tokens: Count = Field(default=32, description="How many before a latent (Vedas).")
+    window: Annotated[list[Count], Field(min_length=3, max_length=3)] = Field(
+        default=[1, 4, 4],
+        description="Merged tokens in time, height and width of the region that they are pulled "
+        "to (Vedas: 4x4 of a picture).",
+    )
+
+
 class PolicySection(Section):
     """The model to train, and what of its latent protocol the run changes."""
 
@@ -52,6 +92,15 @@ class PolicySection(Section):
     )
     head: HeadSection | None = Field(
         default=None, description="Latent head of a plain model; a policy keeps the one it has."
+    )
+    injection: InjectionSection | None = Field(
+        default=None, description="Latent injection; null: what the policy has."
+    )
+    depth: DepthSection | None = Field(
+        default=None, description="Routing depth scaling; null: what the policy has."
+    )
+    visual_replay: VisualReplaySection | None = Field(
+        default=None, description="Visual replay; null: what the policy has."
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",

@@ -172,6 +172,10 @@ class LADAPOSection(TrainSection):
     latent_beta: NotNegative = Field(
         default=0.0, description="KL of latents to the starting policy (takes a second copy)."
     )
+    depth_weight: NotNegative = Field(
+        default=1.0,
+        description="With policy.depth, weight of (share - budget)² of second passes (ours).",
+    )
     filter_low: Share = Field(
         default=0.1, description="Train on groups with accuracy above this (Future-L1)."
     )
@@ -229,6 +233,44 @@ class ImagineShare(Section):
     shares: dict[str, Share] = Field(description="Probability of latent spans, by the value.")
 
 
+class CurriculumSection(Section):
+    """Chains of thought that become latents stage by stage (`rl.sft.curriculum`)."""
+
+    steps_per_stage: Count = Field(
+        description="Updates in each stage (epochs elsewhere: Coconut 3, visual-enhanced depth "
+        "scaling 4)."
+    )
+    max_stage: Count = Field(
+        default=5,
+        description="The last stage, in which so many steps are latents (visual-enhanced depth "
+        "scaling; Coconut: 3). Stage 0, the first, is all text.",
+    )
+    latents_per_step: Count = Field(
+        default=1,
+        description="Latents for each step (visual-enhanced depth scaling; Coconut: 2).",
+    )
+    merge_steps: Count | None = Field(
+        default=None,
+        description="Join a row's steps into at most so many (visual-enhanced depth scaling: 3); "
+        "null: as they are.",
+    )
+    mix: Share = Field(
+        default=0.0,
+        description="Probability that a row is taught at a stage drawn from all (Coconut's "
+        "uniform_prob).",
+    )
+    reset_optimizer: bool = Field(
+        default=False,
+        description="Clear the optimizer's state at each new stage (Coconut); the learning rate's "
+        "schedule goes on.",
+    )
+    pad_latents: bool = Field(
+        default=False,
+        description="Rows of fewer steps than the stage have as many latents as others (Coconut's "
+        "pad_latent_to_max); false: as many as they have steps.",
+    )
+
+
 class SFTSection(TrainSection):
     """SFT with latent alignment (`rl.sft.trainer`)."""
 
@@ -251,10 +293,23 @@ class SFTSection(TrainSection):
     latent_loss: Literal["mse", "cosine"] = Field(
         default="mse", description="Its kind (Future-L1)."
     )
-    latents: Literal["teacher", "own"] = Field(
+    latents: Literal["teacher", "own", "self_forcing"] = Field(
         default="teacher",
         description="Fed at the latents: their targets, or in a second stage what the policy makes "
-        "there itself (Mirage; ours is a reconstruction).",
+        "there itself (Mirage; ours is a reconstruction); self_forcing: the same with a gradient "
+        "through them.",
+    )
+    start_latents: Count | None = Field(
+        default=None,
+        description="Teach every row so many latents and then its answer, without targets "
+        "(VideoLatent's first code: 12); null: what its imagine says. latent_weight counts for "
+        "nothing then.",
+    )
+    curriculum: CurriculumSection | None = Field(
+        default=None,
+        description="Teach each row's chain of thought (column steps, or the lines of reasoning) "
+        "as latents in front of the answer, one more step in each stage, without targets; null: "
+        "what its imagine says. latent_weight counts for nothing then.",
     )
     tokens_per_patch: Count | Literal["all"] = Field(
         default=1,
@@ -269,6 +324,34 @@ class SFTSection(TrainSection):
         default=1.0,
         description="Probability that a row is taught with its latent spans; by a column of the "
         "manifest: {column: NAME, shares: {VALUE: PROBABILITY}}.",
+    )
+    bptt_steps: Count | None = Field(
+        default=None,
+        description="With self_forcing, gradients go back through the last so many latents of a "
+        "row; null: through all.",
+    )
+    align_weight: NotNegative = Field(
+        default=0.1,
+        description="With self_forcing, λ_a of the pull of each latent to its segment of the video "
+        "(VideoLatent; ours is a reconstruction).",
+    )
+    align_to: Literal["segments", "question"] = Field(
+        default="segments",
+        description="Means of the video's segments, or of what the question attends to in them.",
+    )
+    diversity_weight: NotNegative = Field(
+        default=0.1,
+        description="With self_forcing, λ_d of the mean cos² between the latents of a row "
+        "(VideoLatent; ours is a reconstruction).",
+    )
+    replay_weight: NotNegative = Field(
+        default=0.5,
+        description="With policy.visual_replay, ρ of the pull of replayed tokens to their region "
+        "(Vedas: 0.2 to 1).",
+    )
+    depth_weight: NotNegative = Field(
+        default=1.0,
+        description="With policy.depth, weight of (share - budget)² of second passes (ours).",
     )
     answer_template: str = Field(
         default="<answer>{answer}</answer>", description="The text taught after the spans."

@@ -135,7 +135,7 @@ def check_selection(recipe: SelectRecipe) -> SelectionPlan:
         prompts=prompts,
         outcome=terms[0],
         warnings=warnings,
-        engine=engine_of(recipe),
+        engine=engine_of(recipe, start.modules.names),
     )
     _check_first(recipe, plan)
     return plan

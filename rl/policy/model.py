@@ -11,7 +11,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +33,14 @@ from transformers.conversion_mapping import (
 from transformers.utils import logging
 
 from rl.errors import PolicyError, TrajectoryError
-from rl.policy import packed_attention, packed_recurrence
+from rl.policy import depth, packed_attention, packed_recurrence
 from rl.policy.heads import HeadConfig
+from rl.policy.injection import Memory
 from rl.policy.layout import PackLayout, followers
+from rl.policy.modules import ModulesConfig, is_new
 from rl.policy.protocol import LatentProtocol, LatentTokens
 from rl.policy.scores import CHUNK_LOGITS, Scores, ScoreSlots, score_slots
+from rl.policy.video_tokens import InputEmbeds, SeenVideo, VideoRows
 from rl.policy.vision import show_clips_once, vision_tower
 
 if TYPE_CHECKING:
@@ -53,17 +57,21 @@ class LatentPolicy(_Base):
     """Mixin that gives a vision-language model latents. `policy_class` combines it with a model
     class.
 
-    `forward` takes four more arguments, all of which act inside it, so that DDP, FSDP2 and PEFT
+    `forward` takes five more arguments, all of which act inside it, so that DDP, FSDP2 and PEFT
     wrappers see an ordinary call. `latents` [L, H] are the input embeddings at the filler tokens of
     `input_ids`, in row-major order. `slots` asks for log-probs of given choices instead of logits:
     then the result is a `Scores`, and full-vocabulary logits never exist for the whole sequence.
     `layout` says that `input_ids` [1, T] is a row of groups: completions see the prompt of their
     group and themselves. It needs `position_ids` and no mask. `clips` says which of the clips in
     `pixel_values_videos` each entry of `video_grid_thw` is, so that the vision tower sees a clip
-    once however often it is shown.
+    once however often it is shown. `video` says where a row's video tokens are, for modules that
+    need them.
     """
 
     latent_head: nn.Module
+    latent_injection: Any  # `VideoInjection`, or None
+    visual_replay: Any  # `VisualReplay`, or None
+    modules_config: ModulesConfig
     protocol: LatentProtocol
     latent_tokens: LatentTokens
 
@@ -74,7 +82,37 @@ class LatentPolicy(_Base):
             config.get_text_config().hidden_size
         )
         self.latent_head.apply(self._init_weights)
+        self._build(ModulesConfig.from_dict(policy_settings(config).get("modules", {})))
         packed_recurrence.install(self)
+
+    def _build(self, modules: ModulesConfig) -> None:
+        """Make the latent modules, which at first change nothing or next to nothing."""
+        self.modules_config = modules
+        width = self.config.get_text_config().hidden_size
+        for name, part in (
+            ("latent_injection", modules.injection),
+            ("visual_replay", modules.visual_replay),
+        ):
+            module = part.build(width).apply(self._init_weights) if part is not None else None
+            self.register_module(name, module)
+        if modules.visual_replay is not None:
+            if packed_recurrence.is_recurrent(self):
+                raise PolicyError(
+                    f"policy.visual_replay: {type(self).__name__} has recurrent layers, which read "
+                    "tokens in the order they come, so a video token cannot be shown again at its "
+                    "place; leave the key out, or choose Qwen3-VL or Qwen2.5-VL"
+                )
+            packed_attention.install(self.config)  # which can tell what tokens attend to
+        if modules.depth is not None:
+            depth.install(self, modules.depth)
+            for module in self.modules():
+                if isinstance(module, depth.DepthGate):
+                    module.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if reset := getattr(module, "reset", None):  # one of ours, behind its parts
+            reset()
 
     def forward(
         self,
@@ -83,27 +121,85 @@ class LatentPolicy(_Base):
         slots: ScoreSlots | None = None,
         layout: PackLayout | None = None,
         clips: Sequence[int] | None = None,
+        video: VideoRows | None = None,
         **kwargs: Any,
     ) -> Any:
         if slots is None:
             with self._feeding(latents), self._packing(layout, clips, kwargs):
                 return super().forward(*args, **kwargs)
-        hidden = self.hidden_states(
-            *args, latents=latents, layout=layout, clips=clips, use_cache=False, **kwargs
-        ).last_hidden_state
-        return self.score(hidden, slots)
+        with (
+            depth.counted_depth() as levels,
+            self.input_embeds(video) if video is not None else nullcontext() as embeds,
+        ):
+            hidden = self.hidden_states(
+                *args, latents=latents, layout=layout, clips=clips, use_cache=False, **kwargs
+            ).last_hidden_state
+        seen = None
+        if self.latent_injection is not None and video is not None and embeds is not None:
+            seen = self.see(embeds.at(video.rows), video.visible)
+        scores = self.score(hidden, slots, seen)
+        return replace(scores, depth=depth.second_pass_share(levels)) if levels else scores
 
-    def score(self, hidden: torch.Tensor, slots: ScoreSlots) -> Scores:
-        """Log-probs, entropies and latent means at `slots`, from hidden states [B, T, H]."""
+    def score(
+        self, hidden: torch.Tensor, slots: ScoreSlots, seen: SeenVideo | None = None
+    ) -> Scores:
+        """Log-probs, entropies and latent means at `slots`, from hidden states [B, T, H]. `seen`
+        holds the videos as latents see them: of a single row of L latents.
+        """
         lm_head: Any = self.get_output_embeddings()
         return score_slots(
             hidden,
             slots,
             tokens=self.latent_tokens,
             lm_head=lm_head,
-            head=self.latent_head,
+            head=partial(self.latent_means, seen=seen),
             chunk=max(1, CHUNK_LOGITS // self.config.get_text_config().vocab_size),
         )
+
+    def see(self, video: torch.Tensor, visible: torch.Tensor) -> SeenVideo | None:
+        """Videos [N, V, H] as the latents of N rows see them, where `visible` (bool [N, Q or 1, V])
+        says so; None for a policy whose latents do not look.
+        """
+        if self.latent_injection is None:
+            return None
+        memory: Memory = self.latent_injection.remember(video)
+        return SeenVideo(memory, visible)
+
+    def latent_means(self, hidden: torch.Tensor, seen: SeenVideo | None = None) -> torch.Tensor:
+        """Means of the latents behind hidden states [N, Q, H], or [L, H] of a single row."""
+        means = self.latent_head(hidden)
+        if self.latent_injection is None or not len(hidden):
+            return means
+        if seen is None:
+            raise PolicyError(
+                "this policy's latents look at the video of their prompt (policy.injection), and "
+                "the call says nothing about it; `rl.scoring.collate` makes rows that do"
+            )
+        if hidden.dim() == 2:
+            return means + self.latent_injection(hidden[None], *seen)[0]
+        return means + self.latent_injection(hidden, *seen)
+
+    @contextmanager
+    def input_embeds(self, video: VideoRows | None = None) -> Iterator[InputEmbeds]:
+        """While this lasts: what the language model is given, features of videos in their places.
+        The tokens that `video` says are shown again are put in first.
+        """
+        found = InputEmbeds()
+
+        def look(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            found.value = embeds = kwargs["inputs_embeds"]
+            if video is not None and self.visual_replay is not None:
+                flat = embeds.flatten(0, 1)
+                again = self.visual_replay(flat[video.sources]).to(flat.dtype)
+                flat = flat.index_put((video.replayed,), again)
+                kwargs = {**kwargs, "inputs_embeds": flat.view_as(embeds)}
+            return args, kwargs
+
+        hook = self.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            yield found
+        finally:
+            hook.remove()
 
     def hidden_states(
         self,
@@ -215,7 +311,10 @@ def policy_settings(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def new_settings(
-    protocol: LatentProtocol, tokens: LatentTokens, head: HeadConfig
+    protocol: LatentProtocol,
+    tokens: LatentTokens,
+    head: HeadConfig,
+    modules: ModulesConfig | None = None,
 ) -> dict[str, Any]:
     """The ``foresight`` entry of a new policy's config."""
     return {
@@ -228,6 +327,7 @@ def new_settings(
             "banned": list(tokens.banned),
         },
         "head": head.to_dict(),
+        "modules": (modules or ModulesConfig()).to_dict(),
     }
 
 
@@ -275,6 +375,7 @@ def make_policy(
     processor: ProcessorMixin | PreTrainedTokenizerBase,
     protocol: LatentProtocol | None = None,
     head: HeadConfig | None = None,
+    modules: ModulesConfig | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load a video model and make it a latent policy.
@@ -295,9 +396,9 @@ def make_policy(
     ]
     tokenizer.add_tokens(new, special_tokens=True)
     tokens = protocol.resolve(tokenizer, placeholder_ids(config))
-    settings = new_settings(protocol, tokens, head)
-    setattr(config, CONFIG_KEY, settings)
-    policy = _load(cls, path, config=config, new_head=True, **kwargs)
+    modules = modules or ModulesConfig()
+    setattr(config, CONFIG_KEY, new_settings(protocol, tokens, head, modules))
+    policy = _load(cls, path, config=config, new_head=True, new=modules, **kwargs)
     if len(tokenizer) > policy.get_input_embeddings().weight.shape[0]:
         policy.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8, mean_resizing=False)
     if new:
@@ -305,11 +406,17 @@ def make_policy(
     return policy
 
 
-def load_policy(path: str | Path, **kwargs: Any) -> Any:
-    """Load a saved policy; `kwargs` go to `from_pretrained` (`dtype` defaults to float32)."""
+def load_policy(path: str | Path, modules: ModulesConfig | None = None, **kwargs: Any) -> Any:
+    """Load a saved policy; `kwargs` go to `from_pretrained` (`dtype` defaults to float32). It gets
+    those of `modules` that it has not yet. Raises `PolicyError`.
+    """
     config = read_config(path)
-    policy_settings(config)
-    return _load(policy_class(model_class(config, path)), path, config=config, **kwargs)
+    settings, modules = policy_settings(config), modules or ModulesConfig()
+    own = ModulesConfig.from_dict(settings.get("modules", {}))
+    settings["modules"] = own.added(modules).to_dict()
+    return _load(
+        policy_class(model_class(config, path)), path, config=config, new=modules, **kwargs
+    )
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
@@ -323,8 +430,17 @@ def read_config(path: str | Path) -> PretrainedConfig:
     return config if type(config) is own else own.from_pretrained(path)
 
 
-def _load(cls: type[Any], path: str | Path, *, new_head: bool = False, **kwargs: Any) -> Any:
-    """`from_pretrained` that insists on every weight; with `new_head` all but the latent head's."""
+def _load(
+    cls: type[Any],
+    path: str | Path,
+    *,
+    new: ModulesConfig,
+    new_head: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """`from_pretrained` that insists on every weight but those of `new` modules, and with
+    `new_head` the latent head's.
+    """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what its report says is judged below
     try:
@@ -336,7 +452,11 @@ def _load(cls: type[Any], path: str | Path, *, new_head: bool = False, **kwargs:
         )
     finally:
         logging.set_verbosity(verbosity)
-    missing = {k for k in info["missing_keys"] if not (new_head and k.startswith("latent_head."))}
+    missing = {
+        key
+        for key in info["missing_keys"]
+        if not (is_new(key, new) or (new_head and key.startswith("latent_head.")))
+    }
     wrong = sorted(missing | set(info["unexpected_keys"]) | {m[0] for m in info["mismatched_keys"]})
     if wrong:
         raise PolicyError(

@@ -37,6 +37,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rl.errors import PolicyError
 from rl.policy.attention_kernels import CUDA_FLASH, Kernel, accumulator, kernel_for
 from rl.policy.layout import PackedGroup, PackLayout, follow
+from rl.policy.saliency import watching
 
 
 def packed_attention(
@@ -318,6 +319,8 @@ def _attention_forward(
     output is [1,T,Hq,D].
     """
     if layout is None:
+        if (saliency := watching()) is not None:
+            saliency.add(query, key, attention_mask, kwargs["scaling"])
         forward = ALL_ATTENTION_FUNCTIONS.get(base) or _eager(module)
         return forward(module, query, key, value, attention_mask, **kwargs)
     # An eager model makes its causal mask whether or not anything is padded.

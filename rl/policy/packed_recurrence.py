@@ -221,6 +221,11 @@ def install(model: nn.Module) -> int:
     return len(layers)
 
 
+def is_recurrent(model: nn.Module) -> bool:
+    """Whether `model` has recurrent layers."""
+    return any(_is_recurrent(type(module)) for module in model.modules())
+
+
 def obstacle(model: nn.Module) -> str | None:
     """Why the recurrent layers of `model` cannot run on packed rows, or None if they can or there
     are none. Such a model would silently carry one completion over into the next.

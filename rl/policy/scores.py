@@ -55,6 +55,8 @@ class Scores:
     logprobs: torch.Tensor  # float32 [N]
     entropies: torch.Tensor  # float32 [N]
     means: torch.Tensor  # [L, H]
+    # Share of tokens that take a second pass (`rl.policy.depth`), a scalar; None without gates.
+    depth: torch.Tensor | None = None
 
 
 def full_logits(

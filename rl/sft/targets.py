@@ -16,9 +16,10 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import nn
 
 from rl.data.media import MediaProcessor
-from rl.errors import VideoError
+from rl.errors import PolicyError, VideoError
 from rl.policy.model import LatentPolicy
 from rl.sft.alignment import pool_frames, target_variance
 from rl.sft.target_clips import TargetClips, TokensPerPatch
@@ -107,6 +108,21 @@ def compute_targets(
         rows.copy_(parts.popleft())
     counts = iter(lengths)
     return Targets.of_features(features, [[next(counts) for _ in range(n)] for n in spans])
+
+
+@torch.no_grad()
+def start_head_at(head: nn.Module, mean: torch.Tensor) -> None:
+    """Make the head predict `mean` [H] whatever it sees; `PolicyError` if its last layer is no
+    linear one with bias.
+    """
+    linears = [m for m in head.modules() if isinstance(m, nn.Linear)]
+    if not linears or linears[-1].bias is None:
+        raise PolicyError(
+            "start_at_mean needs a latent head that ends in a linear layer with a bias; choose "
+            "another head or unset it"
+        )
+    linears[-1].weight.zero_()
+    linears[-1].bias.copy_(mean)
 
 
 def _features(

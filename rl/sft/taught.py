@@ -1,24 +1,104 @@
-"""What SFT teaches: for each sample the completion, with the features of future frames as its
-latents.
+"""What SFT teaches a row, laid out: the completion, where its latents are, and what of it is
+learned.
 
-A taught completion is a `Trajectory` whose latents nobody sampled. It is scored by the replay that
-RL uses, so the two stages cannot disagree about which positions are choices, what is banned there,
-or which hidden state gives a latent's mean.
+A taught completion is scored as a `Trajectory` whose latents nobody sampled, by the replay that RL
+uses, so the two stages cannot disagree about which positions are choices, what is banned there, or
+which hidden state gives a latent's mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from rl.errors import DataError
+from rl.errors import DataError, PolicyError
 from rl.policy.model import LatentPolicy
-from rl.policy.protocol import LatentProtocol, LatentTokens
+from rl.policy.protocol import LatentProtocol, LatentTokens, Slot
 from rl.sft.target_clips import TokensPerPatch
 from rl.trajectory import MediaKey, Sample, Sampling, Trajectory
+
+UNTAUGHT = -100  # the label of a position where there is nothing to learn
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one row is taught: a completion of C tokens, L of which are the fillers of latents."""
+
+    tokens: np.ndarray  # int64 [C], the end of sequence included
+    latent_slots: np.ndarray  # int64 [L]: where in `tokens` the fillers are
+    labels: np.ndarray  # int64 [C]: `tokens`, but `UNTAUGHT` where the protocol leaves no choice
+
+    @property
+    def decided(self) -> int:
+        """How many positions are learned."""
+        return int((self.labels != UNTAUGHT).sum())
+
+    @property
+    def latents(self) -> int:
+        return len(self.latent_slots)
+
+    @classmethod
+    def of(cls, tokens: np.ndarray, ids: LatentTokens, protocol: LatentProtocol) -> Lesson:
+        """The lesson of a completion's `tokens` [C]; `ProtocolError` if they are none."""
+        forced = protocol.trace(tokens, ids).slots == Slot.FORCED
+        fillers = np.flatnonzero(tokens == ids.filler)
+        return cls(tokens, fillers, np.where(forced, UNTAUGHT, tokens))
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes lessons in the vocabulary of one policy."""
+
+    protocol: LatentProtocol
+    ids: LatentTokens
+    tokenizer: Any
+    eos: int
+    answer_template: str
+    reasoning_template: str
+
+    @classmethod
+    def of(
+        cls, policy: LatentPolicy, tokenizer: Any, *, answer_template: str, reasoning_template: str
+    ) -> Writer:
+        """For `policy`; `PolicyError` if nothing says how its sequences end."""
+        return cls(
+            policy.protocol,
+            policy.latent_tokens,
+            tokenizer,
+            _end_of_sequence(policy, tokenizer),
+            answer_template,
+            reasoning_template,
+        )
+
+    def lesson(self, sample: Sample, lengths: Sequence[int] = ()) -> Lesson:
+        """The lesson of a sample with spans of `lengths` between the texts of its reasoning. A
+        sample that is taught without spans has its reasoning as one text.
+        """
+        return self._lay_out(self._texts(sample, len(lengths)), lengths)
+
+    def opening(self, sample: Sample, length: int) -> Lesson:
+        """The lesson of a sample with one span of `length` latents in front of its reasoning and
+        answer; without latents there is no span.
+        """
+        text = self._texts(sample, 0)
+        return self._lay_out([[], *text], [length]) if length else self._lay_out(text, [])
+
+    def _texts(self, sample: Sample, spans: int) -> list[list[int]]:
+        return taught_texts(
+            sample,
+            spans,
+            answer_template=self.answer_template,
+            reasoning_template=self.reasoning_template,
+            tokenizer=self.tokenizer,
+        )
+
+    def _lay_out(self, texts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Lesson:
+        tokens = completion_ids(texts, lengths, self.ids, self.eos)
+        return Lesson.of(tokens, self.ids, self.protocol)
 
 
 def span_lengths(
@@ -129,3 +209,14 @@ def taught_trajectory(
         seed=0,
         text="",
     )
+
+
+def _end_of_sequence(policy: LatentPolicy, tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is not None:
+        return int(tokenizer.eos_token_id)
+    eos = policy.generation_config.eos_token_id if policy.generation_config else None
+    if eos is None:
+        raise PolicyError(
+            "neither the tokenizer nor the policy names an end-of-sequence token; set one of them"
+        )
+    return int(eos[0] if isinstance(eos, list) else eos)

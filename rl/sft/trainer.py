@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from rich.progress import Progress
@@ -19,50 +18,57 @@ from torch.nn.functional import cosine_similarity
 from transformers import Trainer, TrainerCallback, default_data_collator
 
 from rl.checkpoints import CompleteCheckpoints
-from rl.data.broken import BrokenClips, of_sample
+from rl.data.broken import BrokenClips
 from rl.data.media import LocalMedia, MediaProcessor
-from rl.errors import PolicyError, VideoError
+from rl.errors import ObjectiveError
 from rl.interfaces import MediaSource
+from rl.policy.depth import budget_loss
 from rl.policy.model import LatentPolicy
-from rl.policy.protocol import Slot
 from rl.policy.scores import Scores
 from rl.policy.vision import vision_tower
 from rl.scoring import ReplayBatch, collate
 from rl.sft.alignment import latent_alignment_loss, neighbour_cosines
-from rl.sft.config import LatentSFTConfig, imagine_probability
+from rl.sft.config import LatentSFTConfig
+from rl.sft.curriculum import ResetOptimizer, check_resumed
+from rl.sft.lessons import lessons_of, longest_spans
 from rl.sft.own_latents import in_eval_mode, own_latents, seen_once
+from rl.sft.rows import TaughtRows
+from rl.sft.self_forcing import self_forced
 from rl.sft.target_cache import cached_targets
-from rl.sft.targets import Targets, compute_targets
-from rl.sft.taught import (
-    check_lengths,
-    completion_ids,
-    span_lengths,
-    taught_texts,
-    taught_trajectory,
-)
-from rl.trajectory import MediaKey, Sample, Trajectory
+from rl.sft.targets import Targets, compute_targets, start_head_at
+from rl.sft.taught import Lesson, Writer, check_lengths
+from rl.trajectory import Sample
 
 
 class LatentSFTTrainer(Trainer):
     """Teaches a `LatentPolicy` the latent spans and answers of manifest rows.
 
-    The features of the frames in `Sample.imagine` are computed once before training, with the tower
-    as it then is, or read from `args.target_cache`; `targets` from an earlier stage with the same
-    tower and samples spare that. They are what the means of latents are aimed at, and with
-    ``latents="teacher"`` also what is fed at them. With "own" that is what the policy makes there
-    by itself (`rl.sft.own_latents`). Clips of the prompts come from `source`, by default a cache of
-    `args.media_cache_gb`. An update's loss is the mean over all decided positions of its rows
-    plus λ times the mean over all their latents, however the rows are cut into micro-batches.
+    What a row is taught, and when, is a lesson (`rl.sft.lessons`). Where the lessons' latents have
+    targets, the features of the frames in `Sample.imagine`, these are computed once before
+    training, with the tower as it then is, or read from `args.target_cache`; `targets` from an
+    earlier stage with the same tower and samples spare that. They are what the means of latents are
+    aimed at, and with ``latents="teacher"`` also what is fed at them. With "own" that is what the
+    policy makes there by itself (`rl.sft.own_latents`). Clips of the prompts come from `source`, by
+    default a cache of `args.media_cache_gb`. An update's loss is the mean over all decided
+    positions of its rows plus, where there are targets, λ times the mean over all their latents,
+    however the rows are cut into micro-batches. With "self_forcing" gradients flow through the
+    policy's own latents, and the terms of `rl.sft.self_forcing` take the place of that; and the
+    gates of depth scaling, where there are some, have a budget.
+
+    A curriculum's stage is that of the update, so all of its micro-batches are at one. Checkpoints
+    hold the schedule and its stage; one of another schedule is not resumed from
+    (`CheckpointError`).
 
     Logs beside `loss`, as means over the updates since the last log: `loss_text` (cross-entropy),
-    `loss_latent` (before its weight; updates without latents do not count) and `imagined` (share of
-    rows with spans); as means over latents `latent_cosine` (of means and targets) and
-    `latent_neighbours` (of means that follow one another in a span); and `own_passes`, the passes
-    that own latents take a micro-batch. `broken` says what becomes of rows whose clips cannot be
-    read, which `bad_videos` counts: they stop the run, are skipped (an update is then of fewer
-    rows, but at least one a micro-batch), or others take their places. Each checkpoint is a policy
-    that `load_policy` reads. `tell` gets what is to be said. Raises `DataError` for rows whose
-    spans the protocol does not allow.
+    `loss_latent`, `loss_align`, `loss_diversity` and `loss_replay` (before their weights; updates
+    without latents do not count), `imagined` (share of rows with spans), `stage` and `depth` (share
+    of tokens that take a second pass); as means over latents `latent_cosine` (of means and targets)
+    and `latent_neighbours` (of means that follow one another in a span); and `own_passes`, the
+    passes that own latents take a micro-batch. `broken` says what becomes of rows whose clips
+    cannot be read, which `bad_videos` counts: they stop the run, are skipped (an update is then of
+    fewer rows, but at least one a micro-batch), or others take their places. Each checkpoint is a
+    policy that `load_policy` reads. `tell` gets what is to be said. Raises `DataError` for rows
+    whose lessons cannot be written or have spans that the protocol does not allow.
 
     It extends `transformers.Trainer`: TRL's `SFTTrainer` would tokenise, mask, truncate and pack
     texts itself, and score labels over the whole vocabulary, where our rows are laid out
@@ -75,10 +81,15 @@ class LatentSFTTrainer(Trainer):
     _LOGGED = (
         "loss_text",
         "loss_latent",
+        "loss_align",
+        "loss_diversity",
+        "loss_replay",
         "imagined",
+        "stage",
         "latent_cosine",
         "latent_neighbours",
         "own_passes",
+        "depth",
     )
 
     def __init__(
@@ -98,24 +109,28 @@ class LatentSFTTrainer(Trainer):
         self.samples = list(train_dataset)
         self.media = media
         self.source = LocalMedia(media, args.media_cache_gb) if source is None else source
+        if targets is not None and not args.has_targets:
+            raise ObjectiveError("targets are given for lessons whose latents have none")
         self.targets = targets
-        self._broken = BrokenClips() if broken is None else broken
         self._tell = tell
         # Looked up once: telling a PEFT model costs milliseconds.
         self.policy: LatentPolicy = model.get_base_model() if is_peft_model(model) else model
-        self._lengths = [
-            span_lengths(
-                s,
-                self.policy.protocol,
-                temporal_patch_size=media.temporal_patch_size,
-                tokens_per_patch=args.tokens_per_patch,
-            )
-            for s in self.samples
-        ]
-        self._shares = [imagine_probability(s, args.imagine_share) for s in self.samples]
-        self._eos = _end_of_sequence(self.policy, media.tokenizer)
-        self._prompts: dict[int, tuple[np.ndarray, MediaKey]] = {}
-        self._completions: dict[tuple[int, bool], tuple[np.ndarray, int]] = {}
+        self._schedule = args.schedule
+        self._writer = Writer.of(
+            self.policy,
+            media.tokenizer,
+            answer_template=args.answer_template,
+            reasoning_template=args.reasoning_template,
+        )
+        spans = longest_spans(
+            self.samples,
+            args,
+            self.policy.protocol,
+            temporal_patch_size=media.temporal_patch_size,
+        )
+        self.lessons = lessons_of(self.samples, args, self._writer, spans)
+        broken = BrokenClips() if broken is None else broken
+        self.rows = TaughtRows(self.samples, self.policy, media, self.source, broken)
         # Since the last log: sums of what is logged, and over how many each is a mean.
         self._sums: dict[str, torch.Tensor | float] = defaultdict(float)
         self._counts: dict[str, torch.Tensor | float] = defaultdict(float)
@@ -128,22 +143,26 @@ class LatentSFTTrainer(Trainer):
             train_dataset=rows,
             data_collator=default_data_collator,
             processing_class=media.processor,
-            callbacks=[CompleteCheckpoints(), *callbacks],
+            callbacks=[CompleteCheckpoints(self._resume_state), *callbacks],
             **kwargs,
         )
         # `compute_loss` divides by the totals of the update; transformers must not divide again by
         # the accumulation steps.
         self.model_accepts_loss_kwargs = True
+        if self._schedule is not None and self._schedule.reset_optimizer:
+            self.add_callback(ResetOptimizer(self._schedule))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Find the targets if need be, then train as `transformers.Trainer` does."""
-        if self.targets is None:
-            self.targets = self._find_targets()
-        self._lengths = list(self.targets.lengths)
-        for sample, lengths in zip(self.samples, self._lengths, strict=True):
-            check_lengths(sample, lengths, self.policy.protocol)
-        if self.args.start_at_mean and len(self.targets.features):
-            start_head_at(self.policy.latent_head, self.targets.mean)
+        if self.args.has_targets:
+            if self.targets is None:
+                self.targets = self._find_targets()
+            lengths = self.targets.lengths
+            for sample, spans in zip(self.samples, lengths, strict=True):
+                check_lengths(sample, spans, self.policy.protocol)
+            self.lessons = lessons_of(self.samples, self.args, self._writer, lengths)
+            if self.args.start_at_mean and len(self.targets.features):
+                start_head_at(self.policy.latent_head, self.targets.mean)
         return super().train(*args, **kwargs)
 
     def _find_targets(self) -> Targets:
@@ -153,7 +172,7 @@ class LatentSFTTrainer(Trainer):
             asked: dict[str, Any] = {
                 "tokens_per_patch": args.tokens_per_patch,
                 "progress": lambda done, total: bar.update(task, completed=done, total=total),
-                "on_broken": self._lose,
+                "on_broken": self.rows.lose,
             }
             given = self.policy, self.media, self.samples
             if args.target_cache is None:
@@ -163,94 +182,19 @@ class LatentSFTTrainer(Trainer):
     # -- from indices to tensors -------------------------------------------------------------------
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> Any:
-        rows = [self._teach(i) for i in inputs["index"].tolist()]
+        rows = [self.rows.teach(i, self._lesson(i), self.targets) for i in inputs["index"].tolist()]
+        if self.args.latents == "self_forcing":  # which lays them out step by step
+            return rows
         return collate(rows, self.policy, self.source).to(self.args.device)
 
-    def _teach(self, index: int) -> Trajectory:
-        """The taught trajectory of one sample: a function of the seed, the epoch and the sample."""
-        assert self.targets is not None
-        imagines = self._imagines(index)
-        prompt, key = self._prompt(index)
-        return taught_trajectory(
-            self.samples[index],
-            prompt,
-            key,
-            self._completion(index, imagines)[0],
-            self.targets.of(index) if imagines else self.targets.features[:0],
-            self.policy,
-        )
-
-    def _imagines(self, index: int) -> bool:
-        """Whether a sample is taught with its spans in this epoch; False if it has none."""
-        epoch = int(self.state.epoch or 0)
-        draw = np.random.default_rng((self.args.seed, epoch, index)).random()
-        return bool(self._lengths[index]) and bool(draw < self._shares[index])
-
-    def _completion(self, index: int, imagines: bool) -> tuple[np.ndarray, int]:
-        """The ids of a sample's completion, int64 [C], and how many of them were decided."""
-        if (index, imagines) not in self._completions:
-            tokens = self.policy.latent_tokens
-            lengths = self._lengths[index] if imagines else ()
-            texts = taught_texts(
-                self.samples[index],
-                len(lengths),
-                answer_template=self.args.answer_template,
-                reasoning_template=self.args.reasoning_template,
-                tokenizer=self.media.tokenizer,
-            )
-            ids = completion_ids(texts, lengths, tokens, self._eos)
-            slots = self.policy.protocol.trace(ids, tokens).slots
-            self._completions[index, imagines] = ids, int((slots != Slot.FORCED).sum())
-        return self._completions[index, imagines]
+    def _lesson(self, index: int) -> Lesson:
+        """What a sample is taught in this update."""
+        return self.lessons.lesson(index, int(self.state.epoch or 0), self.state.global_step)
 
     def _readable(self, batch: dict[str, Any], place: int) -> dict[str, Any]:
-        """A micro-batch, the `place`-th of this update, without the rows that cannot be shown, or
-        with others for them. Which others is a function of the seed, the update and the place.
-        """
-        if self._broken.rule == "stop":
-            return batch
-        rows: list[int] = batch["index"].tolist()
-        shown = [i for i in rows if self._shows(i)]
-        missing = len(rows) - len(shown) if self._broken.rule == "replace" else int(not shown)
+        """A micro-batch, the `place`-th of this update, with rows that can be shown."""
         seed = self.args.seed, self.state.global_step, place, self.args.process_index
-        others = iter(np.random.default_rng(seed).permutation(len(self.samples)).tolist())
-        for _ in range(missing):
-            other = next((i for i in others if i not in shown and self._shows(i)), None)
-            if other is None and not shown:
-                last = self._broken.rows[-1]["reason"]
-                raise VideoError(
-                    f"no clip of {len(self.samples)} rows can be shown; check data.video_root and "
-                    f"the files. The last: {last}"
-                )
-            shown += [] if other is None else [other]
-        return {**batch, "index": torch.tensor(shown)}
-
-    def _shows(self, index: int) -> bool:
-        """Whether all clips of a sample can be read."""
-        sample = self.samples[index]
-        if sample.id not in self._broken:
-            try:
-                self._prompt(index)
-            except VideoError as error:
-                self._broken.add(sample, error)
-        return sample.id not in self._broken
-
-    def _lose(self, sample: Sample, error: VideoError) -> None:
-        """Remember that a sample has no targets; raise its error where that stops the run."""
-        named = of_sample(sample, error)
-        if self._broken.rule == "stop":
-            raise named from error
-        self._broken.add(sample, named)
-
-    def _prompt(self, index: int) -> tuple[np.ndarray, MediaKey]:
-        if index not in self._prompts:
-            sample = self.samples[index]
-            try:
-                clip = self.source.get(self.media.key(sample))
-            except VideoError as error:
-                raise of_sample(sample, error) from error
-            self._prompts[index] = self.media.encode(sample, [clip]).input_ids, clip.key
-        return self._prompts[index]
+        return {**batch, "index": torch.tensor(self.rows.readable(batch["index"].tolist(), seed))}
 
     # -- the loss ----------------------------------------------------------------------------------
 
@@ -258,25 +202,36 @@ class LatentSFTTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor]:
         """The micro-batches of one update and, over the rows of all of them on all ranks, how many
-        positions were decided and how many latents there are: int64 [2], on the CPU.
+        positions were decided, how many latents there are and how many rows: int64 [3], on the
+        CPU.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = [self._readable(batch, place) for place, batch in enumerate(batches)]
-        rows = [(i, self._imagines(i)) for batch in batches for i in batch["index"].tolist()]
+        lessons = [self._lesson(i) for batch in batches for i in batch["index"].tolist()]
         totals = torch.tensor(
             [
-                sum(self._completion(*row)[1] for row in rows),
-                sum(sum(self._lengths[i]) for i, imagines in rows if imagines),
-                sum(imagines for _, imagines in rows),
-                len(rows),
+                sum(lesson.decided for lesson in lessons),
+                sum(lesson.latents for lesson in lessons),
+                sum(lesson.latents > 0 for lesson in lessons),
+                len(lessons),
             ]
         )
         totals = self._over_ranks(totals, "sum")
         _, latents, imagining, count = totals.tolist()
         self._sums["imagined"] += imagining / count
-        for name in ["loss_text", "imagined"] + ["loss_latent"] * (latents > 0):
+        for name in ("loss_text", "imagined", *(self._terms() if latents else ())):
             self._counts[name] += 1
-        return batches, totals[:2]
+        if self._schedule is not None:
+            self._sums["stage"] += self._schedule.stage_at(self.state.global_step)
+            self._counts["stage"] += 1
+        return batches, totals[[0, 1, 3]]
+
+    def _terms(self) -> list[str]:
+        """The terms of the loss about latents."""
+        if self.args.latents != "self_forcing":
+            return ["loss_latent"] if self.args.has_targets else []
+        replays = self.policy.modules_config.visual_replay is not None
+        return ["loss_align", "loss_diversity", *["loss_replay"] * replays]
 
     def compute_loss(
         self,
@@ -286,27 +241,54 @@ class LatentSFTTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """This micro-batch's share in the mean of -log π over what was decided in the update, plus
-        λ times its share in the mean alignment of the update's latents.
+        its share in the terms about the update's latents, and its rows' in that about depth.
 
         `num_items_in_batch` holds the totals from `get_batch_samples`. The losses of an update's
         micro-batches add up to its loss.
         """
-        batch: ReplayBatch = inputs
-        assert self.targets is not None and isinstance(num_items_in_batch, torch.Tensor)
-        decided, latents = num_items_in_batch.tolist()
+        assert isinstance(num_items_in_batch, torch.Tensor)
+        decided, latents, rows = num_items_in_batch.tolist()
         ranks = self.accelerator.num_processes  # whose gradients are averaged, not added
-        scores = self._score(model, batch)
+        terms: dict[str, tuple[float, torch.Tensor]] = {}  # weight and value
+        if self.args.latents == "self_forcing":
+            count = len(inputs)
+            with self.accelerator.autocast():
+                found = self_forced(
+                    self.policy,
+                    inputs,
+                    self.source,
+                    steps=self.args.bptt_steps,
+                    align_to=self.args.align_to,
+                )
+            scores = found.scores
+            terms["align"] = self.args.align_weight, found.align
+            terms["diversity"] = self.args.diversity_weight, found.diversity
+            if self.policy.modules_config.visual_replay is not None:
+                terms["replay"] = self.args.replay_weight, found.replay
+            self._note("latent_neighbours", found.neighbours)
+        else:
+            batch: ReplayBatch = inputs
+            count = len(batch.latent_counts)
+            scores = self._score(model, batch)
+            if self.targets is not None:
+                kind, variance = self.args.latent_loss, self.targets.variance
+                term = latent_alignment_loss(
+                    scores.means, batch.latents, variance=variance, kind=kind
+                )
+                terms["latent"] = self.args.latent_weight, term
+            self._watch(batch, scores)
         text = -scores.logprobs.sum() * (ranks / decided)
-        latent = latent_alignment_loss(
-            scores.means,
-            batch.latents,
-            variance=self.targets.variance,
-            kind=self.args.latent_loss,
-        ) * (ranks * sum(batch.latent_counts) / max(latents, 1))
         self._sums["loss_text"] += text.detach()
-        self._sums["loss_latent"] += latent.detach()
-        self._watch(batch, scores)
-        loss = text + self.args.latent_weight * latent
+        loss = text + scores.means.sum() * 0.0  # every parameter gets a gradient on every rank
+        for name, (weight, term) in terms.items():
+            share = term * (ranks * len(scores.means) / max(latents, 1))
+            self._sums[f"loss_{name}"] += share.detach()
+            loss = loss + weight * share
+        if scores.depth is not None and (config := self.policy.modules_config.depth) is not None:
+            budget = budget_loss(scores.depth, config.budget)
+            loss = loss + self.args.depth_weight * budget * (ranks * count / rows)
+            self._sums["depth"] += scores.depth.detach() * count
+            self._counts["depth"] += count
         return (loss, scores) if return_outputs else loss
 
     def _score(self, model: nn.Module, batch: ReplayBatch) -> Scores:
@@ -314,8 +296,7 @@ class LatentSFTTrainer(Trainer):
         if self.args.latents == "teacher":
             return model(**batch.inputs)
         tower = vision_tower(self.policy)
-        frozen = not any(weight.requires_grad for weight in tower.parameters())
-        with seen_once(tower) if frozen else nullcontext():
+        with seen_once(tower) if _frozen(tower) else nullcontext():
             with in_eval_mode(model), seen_once(tower):
                 batch, passes = own_latents(model, batch, settled=self._all_settled)
             self._sums["own_passes"] += passes
@@ -330,13 +311,16 @@ class LatentSFTTrainer(Trainer):
         """Sum up what is logged about latents and trained on nowhere."""
         if not sum(batch.latent_counts):
             return
-        means, slots = scores.means.float(), batch.inputs["slots"]
-        for name, values in (
-            ("latent_cosine", cosine_similarity(means, batch.latents.float(), dim=-1)),
-            ("latent_neighbours", neighbour_cosines(means, slots.latent_rows)),
-        ):
-            self._sums[name] += values.sum()
-            self._counts[name] += values.numel()
+        means = scores.means.float()
+        watched = {"latent_neighbours": neighbour_cosines(means, batch.inputs["slots"].latent_rows)}
+        if self.targets is not None:
+            watched["latent_cosine"] = cosine_similarity(means, batch.latents.float(), dim=-1)
+        for name, values in watched.items():
+            self._note(name, values)
+
+    def _note(self, name: str, values: torch.Tensor) -> None:
+        self._sums[name] += values.detach().sum()
+        self._counts[name] += values.numel()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -346,8 +330,8 @@ class LatentSFTTrainer(Trainer):
                 ).tolist()
                 if count:
                     logs[name] = total / count
-            if self._broken.rule != "stop":
-                logs["bad_videos"] = len(self._broken)
+            if self.rows.broken.rule != "stop":
+                logs["bad_videos"] = len(self.rows.broken)
             self._sums.clear()
             self._counts.clear()
         super().log(logs, start_time)
@@ -359,31 +343,17 @@ class LatentSFTTrainer(Trainer):
         reduced: Any = self.accelerator.reduce(values.to(self.args.device), how)
         return reduced.cpu()
 
+    def _resume_state(self) -> dict[str, Any]:
+        return {} if self._schedule is None else self._schedule.written(self.state.global_step)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            check_resumed(checkpoint, self._schedule)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # transformers would guess it from inputs that are not tensors yet
 
 
-@torch.no_grad()
-def start_head_at(head: nn.Module, mean: torch.Tensor) -> None:
-    """Make the head predict `mean` [H] whatever it sees; `PolicyError` if its last layer is no
-    linear one with bias.
-    """
-    linears = [m for m in head.modules() if isinstance(m, nn.Linear)]
-    if not linears or linears[-1].bias is None:
-        raise PolicyError(
-            "start_at_mean needs a latent head that ends in a linear layer with a bias; choose "
-            "another head or unset it"
-        )
-    linears[-1].weight.zero_()
-    linears[-1].bias.copy_(mean)
-
-
-def _end_of_sequence(policy: LatentPolicy, tokenizer: Any) -> int:
-    if tokenizer.eos_token_id is not None:
-        return int(tokenizer.eos_token_id)
-    eos = policy.generation_config.eos_token_id if policy.generation_config else None
-    if eos is None:
-        raise PolicyError(
-            "neither the tokenizer nor the policy names an end-of-sequence token; set one of them"
-        )
-    return int(eos[0] if isinstance(eos, list) else eos)
+def _frozen(tower: nn.Module) -> bool:
+    return not any(weight.requires_grad for weight in tower.parameters())

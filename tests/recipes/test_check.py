@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 
 from recipes.check import check_processes, check_recipe, reward_terms
 from recipes.loading import load_recipe
-from recipes.schema import LADAPORecipe
-from rl.errors import ObjectiveError, RecipeError
+from recipes.schema import LADAPORecipe, SFTSection
+from recipes.schema.training import CurriculumSection
+from rl.errors import DataError, ObjectiveError, RecipeError
+from rl.sft.curriculum import CurriculumConfig
 from tests.recipes.worlds import write_recipe
 
 
@@ -83,3 +86,73 @@ def test_the_published_objective_takes_no_noise(
     with pytest.raises(ObjectiveError, match=r"objective is published and max_mismatch is 0\.1"):
         check_recipe(load_recipe(path, changes))
     check_recipe(load_recipe(path, [*changes[:-1], "train.top_p=0.99", "train.imagine=never"]))
+
+
+@pytest.fixture
+def thoughtful(tmp_path: Path, tiny_checkpoint: Path, clips: Path) -> Callable[..., Path]:
+    """An SFT recipe on rows with two steps, the last of them with as many as asked for."""
+
+    def write(steps: list[str] | None, **changes: object) -> Path:
+        lines = (clips / "manifest.jsonl").read_text().splitlines()
+        rows = [{**json.loads(line), "steps": ["up", "on"]} for line in lines]
+        rows[-1]["steps"] = steps
+        manifest = tmp_path / "rows.jsonl"
+        manifest.write_text("\n".join(map(json.dumps, rows)))
+        train = {"batch_size": 2, "latents": "own", **changes}
+        common = {"stage": "sft", "data.video_root": str(clips), "policy.noise_scale": None}
+        return write_recipe(tmp_path, tiny_checkpoint, manifest, {**common, "train": train})
+
+    return write
+
+
+CURRICULUM: dict[str, object] = {"steps_per_stage": 3, "max_stage": 3}
+
+
+@pytest.mark.parametrize(
+    ("steps", "changes", "words"),
+    [
+        (["a", "b", "c"], {"curriculum": CURRICULUM}, r"'clip3': .*span of 3 .*max_length to 3"),
+        (None, {"curriculum": CURRICULUM}, r"'clip3': .*the row has none; give it a column"),
+        ([""], {"curriculum": CURRICULUM}, r"'clip3': column 'steps'"),
+        (
+            ["a"],
+            {"start_latents": 3},
+            "start_latents is 3, but the protocol allows spans of 1 to 2",
+        ),
+        (["a"], {"start_latents": 2, "curriculum": CURRICULUM}, "both set"),
+        (["a"], {"start_latents": 2, "latents": "teacher"}, "no targets to feed"),
+        (["a"], {"start_latents": 2, "start_at_mean": True}, "start_at_mean is True"),
+        (["a"], {"curriculum": CURRICULUM, "imagine_share": 0.5}, "imagine_share is 0.5"),
+    ],
+)
+def test_lessons_that_cannot_be_taught(
+    steps: list[str] | None,
+    changes: dict[str, object],
+    words: str,
+    thoughtful: Callable[..., Path],
+) -> None:
+    with pytest.raises((DataError, ObjectiveError), match=words):
+        check_recipe(load_recipe(thoughtful(steps, **changes)))
+
+
+def test_lessons_that_can_be_taught(thoughtful: Callable[..., Path]) -> None:
+    from recipes.configs import trainer_config
+
+    recipe = load_recipe(thoughtful(["a"], curriculum=CURRICULUM))
+    check_recipe(recipe)
+    assert trainer_config(recipe).schedule == CurriculumConfig(3, max_stage=3)
+    check_recipe(load_recipe(thoughtful(None, start_latents=2)))
+
+
+def test_keys_of_a_curriculum_are_checked(thoughtful: Callable[..., Path]) -> None:
+    with pytest.raises(
+        RecipeError, match=r"train.curriculum.max_stages: .*did you mean 'max_stage'"
+    ):
+        load_recipe(thoughtful(["a"], curriculum={"steps_per_stage": 3, "max_stages": 3}))
+    with pytest.raises(RecipeError, match=r"train.curriculum.steps_per_stage: missing; Updates in"):
+        load_recipe(thoughtful(["a"], curriculum={"max_stage": 3}))
+
+
+def test_the_defaults_of_a_curriculum_are_the_trainer_s() -> None:
+    section = SFTSection(curriculum=CurriculumSection(steps_per_stage=3))
+    assert section.arguments()["curriculum"] == CurriculumConfig(3).to_dict()

@@ -188,18 +188,18 @@ def one_position_off(monkeypatch):
 
 def forced_counted(monkeypatch):
     # Forced ends scored as if they had been decisions.
-    original = scoring._slots
+    original = scoring.decision_slots
 
-    def eager(trajectories, policy, starts, *rest):
-        slots, places = original(trajectories, policy, starts, *rest)
-        end, width = policy.latent_tokens.end, rest[-1]
+    def eager(trajectories, policy, before, width):
+        slots, places = original(trajectories, policy, before, width)
+        end = policy.latent_tokens.end
         at = [
             (row, p)
             for row, t in enumerate(trajectories)
             for p in ((t.decision == Slot.FORCED) & (t.completion_ids == end)).nonzero()[0]
         ]
         extra = {
-            "rows": [starts[row] + p - 1 for row, p in at],
+            "rows": [before[row][p] for row, p in at],
             "ids": [end] * len(at),
             "kinds": [Slot.DECISION] * len(at),
             "may_start": [False] * len(at),
@@ -213,17 +213,18 @@ def forced_counted(monkeypatch):
         places = torch.cat([places, torch.tensor([row * width + p for row, p in at])])
         return dataclasses.replace(slots, **longer), places
 
-    monkeypatch.setattr("rl.scoring._slots", eager)
+    monkeypatch.setattr("rl.scoring.decision_slots", eager)
 
 
 def one_completion_off(monkeypatch):
     # The first token of a completion scored by the end of the completion before it.
-    original = scoring._slots
+    original = scoring.decision_slots
 
-    def behind(trajectories, policy, starts, ends, width):
-        return original(trajectories, policy, starts, {r: s - 1 for r, s in starts.items()}, width)
+    def behind(trajectories, policy, before, width):
+        wrong = [np.concatenate([[places[1] - 1], places[1:]]) for places in before]
+        return original(trajectories, policy, wrong, width)
 
-    monkeypatch.setattr("rl.scoring._slots", behind)
+    monkeypatch.setattr("rl.scoring.decision_slots", behind)
 
 
 def completions_not_kept_apart(monkeypatch):

@@ -9,8 +9,16 @@ from hypothesis import strategies as st
 
 from rl.errors import DataError
 from rl.policy.protocol import LatentProtocol, LatentTokens, Slot
-from rl.sft.taught import check_lengths, completion_ids, span_lengths, taught_texts
+from rl.sft.taught import (
+    UNTAUGHT,
+    Lesson,
+    check_lengths,
+    completion_ids,
+    span_lengths,
+    taught_texts,
+)
 from rl.trajectory import Sample
+from tests.rl.sft.writing import writer
 
 TOKENS = LatentTokens(start=90, end=91, filler=92)
 EOS = 99
@@ -27,6 +35,27 @@ def test_completion_with_two_spans() -> None:
     T, D, F = Slot.TOKEN, Slot.DECISION, Slot.FORCED
     # The first latent of a span is below the minimum and forced; at the maximum the end is.
     assert trace.slots.tolist() == [T, F, D, F, T, T, F, D, T, T, T]
+
+
+def test_a_lesson_leaves_out_what_the_protocol_forces() -> None:
+    ids = completion_ids([[], [7], [5, 6]], (2, 1), TOKENS, EOS)
+    lesson = Lesson.of(ids, TOKENS, LatentProtocol(min_length=1, max_length=2))
+    no = UNTAUGHT
+    assert lesson.labels.tolist() == [90, no, 92, no, 7, 90, no, 91, 5, 6, 99]
+    assert lesson.latent_slots.tolist() == [1, 2, 6]
+    assert (lesson.latents, lesson.decided) == (3, 8)
+
+
+def test_a_writer_puts_spans_between_texts_or_in_front() -> None:
+    hand = writer(LatentProtocol(max_length=3))
+    row = replace(sample((4, 5), (6, 7)), reasoning=("up", "", "so"))
+
+    def text(lesson: Lesson) -> str:
+        return hand.tokenizer.decode(lesson.tokens[:-1]).replace("<|latent", "<")
+
+    assert text(hand.lesson(row, (1, 2))) == "[up]<_start|><|><_end|><_start|><|><|><_end|>[so]=A"
+    assert text(hand.opening(row, 2)) == "<_start|><|><|><_end|>[up][so]=A"
+    assert text(hand.lesson(row)) == text(hand.opening(row, 0)) == "[up][so]=A"
 
 
 def test_completion_without_spans_is_the_answer() -> None:

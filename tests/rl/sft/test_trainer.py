@@ -15,13 +15,14 @@ from rl.checkpoints import last_complete
 from rl.data import MediaProcessor, read_manifest
 from rl.data.broken import BadVideos, BrokenClips
 from rl.errors import DataError, ObjectiveError, PolicyError, VideoError
-from rl.policy.adapters import with_whole_head
+from rl.policy.adapters import with_whole_modules
 from rl.policy.heads import HeadConfig
 from rl.policy.model import load_policy, make_policy
 from rl.policy.protocol import LatentProtocol
 from rl.policy.vision import vision_tower
+from rl.sft.config import LatentSFTConfig, imagine_probability
 from rl.sft.targets import compute_targets
-from rl.sft.trainer import LatentSFTConfig, LatentSFTTrainer, imagine_probability
+from rl.sft.trainer import LatentSFTTrainer
 from rl.trajectory import Sample
 from tests.tiny import FAMILIES, Family, save_tiny_checkpoint
 
@@ -119,7 +120,7 @@ def test_what_is_trained(
     model: Any = policy
     if lora:
         adapters = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "qkv"])
-        model = get_peft_model(policy, with_whole_head(adapters, policy))
+        model = get_peft_model(policy, with_whole_modules(adapters, policy))
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     args = config(tmp_path, freeze_vision=frozen, max_steps=2, weight_decay=0.0)
     LatentSFTTrainer(model, args, samples, MediaProcessor(processor)).train()
