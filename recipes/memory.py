@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from recipes.check import Plan, first_clip, media_processor
-from recipes.configs import lora_config
+from recipes.configs import lora_config, trainer_config
 from recipes.loading import Recipe
 from recipes.schema import LADAPORecipe, SFTRecipe
 from rl.data.media import MediaProcessor
+from rl.errors import RecipeError
 from rl.memory import MemoryEstimate, MemorySetting, estimate_memory
-from rl.sft.taught import span_lengths, taught_texts
+from rl.sft.curriculum import steps_of
+from rl.sft.lessons import longest_spans
+from rl.sft.taught import taught_texts
 from rl.trajectory import Sample
 
 
@@ -40,8 +43,14 @@ def recipe_memory(recipe: Recipe, plan: Plan) -> RecipeMemory:
     """Peak memory of an update of `recipe`, whose `plan` is that of `check_recipe`.
 
     The prompt is that of the first row that can be shown, and completions are as long as they may
-    become. With ``device: auto`` it is the memory of a GPU, where runs compute in bfloat16.
+    become. With ``device: auto`` it is the memory of a GPU, where runs compute in bfloat16. Raises
+    `RecipeError` for self-forcing, whose latents are made one after the other.
     """
+    if isinstance(recipe, SFTRecipe) and recipe.train.latents == "self_forcing":
+        raise RecipeError(
+            "the memory of train.latents: self_forcing cannot be estimated yet; docs/costs.md says "
+            "what it grows with. For the part without it, ask with --set train.latents=own"
+        )
     media = media_processor(recipe.data, plan.processor)
     sample, clip = first_clip(media, plan.train, recipe.data.bad_videos)
     prompt = media.encode(sample, [clip])
@@ -56,6 +65,7 @@ def recipe_memory(recipe: Recipe, plan: Plan) -> RecipeMemory:
         "gradient_checkpointing": recipe.train.gradient_checkpointing,
         "peft_config": lora_config(recipe.train.lora),
         "head": plan.head,
+        "modules": plan.modules,
     }
     if isinstance(recipe, LADAPORecipe):
         setting = _la_dapo(recipe, plan, len(prompt.input_ids), common)
@@ -93,26 +103,27 @@ def _sft(
 ) -> MemorySetting:
     train = recipe.train
 
-    def spans(sample: Sample) -> tuple[int, ...]:
-        return span_lengths(
-            sample,
-            plan.protocol,
-            temporal_patch_size=media.temporal_patch_size,
-            tokens_per_patch=train.tokens_per_patch,
-        )
+    spans = longest_spans(
+        plan.train,
+        trainer_config(recipe),
+        plan.protocol,
+        temporal_patch_size=media.temporal_patch_size,
+    )
 
     def text(sample: Sample) -> int:
+        if train.curriculum is not None:  # at its first stage, where the chain is whole
+            sample = replace(sample, reasoning=("\n".join(steps_of(sample)),), imagine=())
         texts = taught_texts(
             sample,
-            len(sample.imagine),
+            0 if train.start_latents else len(sample.imagine),
             answer_template=train.answer_template,
             reasoning_template=train.reasoning_template,
             tokenizer=media.tokenizer,
         )
         return sum(map(len, texts)) + 1
 
-    latents = max(sum(spans(sample)) for sample in plan.train)
-    markers = 2 * max(len(spans(sample)) for sample in plan.train)
+    latents = max(map(sum, spans))
+    markers = 2 * max(map(len, spans))
     return MemorySetting(
         **common,  # type: ignore[arg-type]
         group_size=1,

@@ -3,21 +3,21 @@ question, answer and latents.
 
 Visual-enhanced depth scaling (arXiv 2604.10500) starts from a difference between the norms of
 visual and of text tokens while latents are trained; its versions disagree about which are larger.
-What is averaged over what is not said: the definition below is ours, and it takes no side.
+We know no definition of theirs: the one below is ours, and it takes no side.
 
 The gradient is that of an update's loss with respect to the vector that stands for a token where it
 enters each decoder layer; at the first these are the input embeddings, with the features of videos
 and the latents in their places. Everything is attached from outside: hooks on modules that come off
 again, and on tensors whose gradients backward computes anyway.
 
-A layer normalises what enters it, so that a long vector's gradient is small for no other reason,
-and features of a video are often longer than embeddings of text. The lengths of the vectors are
+A layer normalises what enters it, so that the longer a vector, the smaller its gradient tends to
+be, and features of a video may be longer than embeddings of text. The lengths of the vectors are
 measured with the norms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -26,22 +26,18 @@ import torch
 from torch import nn
 
 from rl.errors import PolicyError
-from rl.policy.layout import PackLayout
 from rl.policy.model import LatentPolicy, placeholder_ids
 
 # What tokens stand for: images and videos; all else in a prompt; what a completion says, with the
 # markers of its spans; its latents.
-KINDS = ("visual", "question", "answer", "latent")
-_LAST = len(KINDS)  # the number of tokens that no loss can depend on
+KINDS: tuple[str, ...] = ("visual", "question", "answer", "latent")
+VISUAL, QUESTION, ANSWER, LATENT, _PADDING = range(len(KINDS) + 1)
 
 
 @dataclass(frozen=True)
 class TokenNorms:
     """Mean L2 norms over the tokens of each of `KINDS`, where they enter each decoder layer; None
     for a kind without tokens.
-
-    The last token of each completion is no part of them: nothing is decided behind it, so that its
-    gradient is zero whatever is learned.
     """
 
     tokens: dict[str, int]  # over how many tokens each is a mean
@@ -77,7 +73,7 @@ class GradientNorms:
         self._decoder: nn.Module = decoder
         self._layers = list(layers)
         self._hooks: list[Any] = []
-        self._kinds: torch.Tensor | None = None  # [1, T], of the pass that is under way
+        self._kinds: torch.Tensor | None = None  # [B, T], of the pass that is under way
         self._entered: set[int] = set()  # the layers that it has come to
         self._reset()
 
@@ -118,18 +114,18 @@ class GradientNorms:
                 "family"
             )
         assert self._sums is not None and self._counts is not None
-        counts = dict(zip((*KINDS, "last"), self._counts.tolist(), strict=True))
+        counts = dict(zip(KINDS, self._counts.tolist(), strict=False))  # all but padding
         norms, lengths = (
             {kind: row if counts[kind] else None for kind, row in zip(KINDS, rows, strict=False)}
             for rows in (self._sums / self._counts.clamp_min(1)).mT.tolist()
         )
         self._reset()
-        return TokenNorms({kind: counts[kind] for kind in KINDS}, norms, lengths)
+        return TokenNorms(counts, norms, lengths)
 
     def _reset(self) -> None:
-        # float64 [2, layers, kinds and last tokens]: of the gradients' norms and of the lengths.
+        # float64 [2, layers, kinds and padding]: of the gradients' norms and of the lengths.
         self._sums: torch.Tensor | None = None
-        self._counts: torch.Tensor | None = None  # int64 [kinds and last tokens]
+        self._counts: torch.Tensor | None = None  # int64 [kinds and padding]
         self._passes = [0] * len(self._layers)  # of backward, that came to each layer
 
     # -- hooks, in the order in which they are called ----------------------------------------------
@@ -138,19 +134,9 @@ class GradientNorms:
         self._kinds, self._entered = None, set()
         if not torch.is_grad_enabled():
             return
-        ids, layout = kwargs.get("input_ids", args[0] if args else None), kwargs.get("layout")
-        if ids is None or layout is None:
-            raise PolicyError(
-                "gradients are measured on rows whose layout says what is prompt and what is "
-                "completion, but a pass with gradient has none; `rl.scoring.collate` makes such "
-                "rows"
-            )
-        self._kinds = token_kinds(
-            ids,
-            layout,
-            filler=self._policy.latent_tokens.filler,
-            placeholders=placeholder_ids(self._policy.config),
-        )
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is not None:
+            self._kinds = token_kinds(self._policy, ids, kwargs)
 
     def _embedded(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._kinds is None:
@@ -170,8 +156,8 @@ class GradientNorms:
             states, kinds = args[0] if args else kwargs["hidden_states"], self._kinds
             if states.shape[:-1] != kinds.shape:
                 raise PolicyError(
-                    f"{type(self._policy).__name__}: a row of {kinds.shape[1]} tokens entered "
-                    f"layer {number} as {list(states.shape[:-1])}, so it is not known which vector "
+                    f"{type(self._policy).__name__}: tokens {list(kinds.shape)} entered layer "
+                    f"{number} as {list(states.shape[:-1])}, so it is not known which vector "
                     "stands for which token; measure a policy that adds no tokens of its own"
                 )
             lengths = _norms(states)
@@ -187,8 +173,8 @@ class GradientNorms:
     def _add(
         self, layer: int, kinds: torch.Tensor, norms: torch.Tensor, lengths: torch.Tensor
     ) -> None:
-        """Add what was found of T tokens of these kinds, all of them [T], to the sums."""
-        size, device = _LAST + 1, kinds.device
+        """Add what was found of N tokens of these kinds, all of it [N], to the sums."""
+        size, device = len(KINDS) + 1, kinds.device
         if self._sums is None or self._counts is None:
             shape = 2, len(self._layers), size
             self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -202,26 +188,34 @@ class GradientNorms:
 
 @torch.no_grad()
 def _norms(vectors: torch.Tensor) -> torch.Tensor:
-    """float64 [T], of vectors [1, T, H]."""
+    """float64 [B * T], of vectors [B, T, H]."""
     return torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32).flatten().double()
 
 
 def token_kinds(
-    input_ids: torch.Tensor, layout: PackLayout, *, filler: int, placeholders: Sequence[int]
+    policy: LatentPolicy, input_ids: torch.Tensor, call: Mapping[str, Any]
 ) -> torch.Tensor:
-    """What each token of a row [1, T] stands for: its place in `KINDS`, or their number for the
-    last token of a completion.
+    """What each token of a pass [B, T] stands for: its place in `KINDS`, or their number for
+    padding. `call` holds the other arguments of the pass, which is over a packed row with its
+    `layout`, or fills a cache (`rl.policy.unroll`): with prompts first, then with what follows
+    them. Raises `PolicyError` for another.
     """
-    places = torch.empty(layout.length, dtype=torch.int64)
-    for group in layout.groups:
-        places[group.start : group.answers] = KINDS.index("question")
-        start = group.answers
-        for length in group.completions:
-            places[start : start + length] = KINDS.index("answer")
-            start += length
-            places[start - 1] = _LAST
-    kinds = places.to(input_ids.device)[None]
-    visual = torch.isin(input_ids, input_ids.new_tensor(placeholders))
-    kinds = kinds.masked_fill(visual, KINDS.index("visual"))
-    latent = (input_ids == filler) & (kinds != _LAST)
-    return kinds.masked_fill(latent, KINDS.index("latent"))
+    layout, mask = call.get("layout"), call.get("attention_mask")
+    if layout is None and (mask is None or not call.get("use_cache")):
+        raise PolicyError(
+            "gradients are measured on rows whose layout says what is prompt and what is "
+            "completion, but a pass with gradient has none; `rl.scoring.collate` makes such rows"
+        )
+    continues = mask is not None and mask.shape[1] > input_ids.shape[1]
+    text = torch.full(input_ids.shape, ANSWER if continues else QUESTION)
+    for group in () if layout is None else layout.groups:
+        text[:, group.answers : group.stop] = ANSWER
+    kinds = text.to(input_ids.device)
+    tokens = policy.latent_tokens
+    visual = torch.isin(input_ids, input_ids.new_tensor(placeholder_ids(policy.config)))
+    is_latent = input_ids == tokens.filler
+    if continues and policy.modules_config.visual_replay is not None and bool(is_latent.any()):
+        visual = ~is_latent  # what is fed together with latents are tokens shown again before them
+    kinds = kinds.masked_fill(visual, VISUAL).masked_fill(is_latent, LATENT)
+    kinds = kinds.masked_fill(input_ids == tokens.start, ANSWER)  # may be fed with the prompt
+    return kinds if mask is None else kinds.masked_fill(mask[:, -kinds.shape[1] :] == 0, _PADDING)

@@ -40,6 +40,7 @@ from rl.policy.model import (
     policy_class,
     read_config,
 )
+from rl.policy.modules import ModulesConfig
 from rl.policy.protocol import LatentProtocol, LatentTokens
 from rl.policy.vision import vision_tower
 from rl.scoring import Replay, collate, replay
@@ -77,6 +78,7 @@ class MemorySetting:
     train_vision: bool = True
     reference: bool = False
     head: HeadConfig | None = None  # of a plain model (None: identity); a policy has its own
+    modules: ModulesConfig | None = None  # all that there are; None: those that a policy has
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,8 @@ def random_policy(setting: MemorySetting) -> Any:
     given = setting.model
     config = copy.deepcopy(given) if isinstance(given, PretrainedConfig) else read_config(given)
     settings = getattr(config, CONFIG_KEY, None) or _settings(config, setting.head or HeadConfig())
+    if setting.modules is not None:
+        settings = settings | {"modules": setting.modules.to_dict()}
     protocol = LatentProtocol.from_dict(settings["protocol"])
     protocol = dataclasses.replace(
         protocol,
@@ -283,7 +287,19 @@ def example_trajectory(
         sampling=Sampling(max_new_tokens=length),
         seed=0,
         text="",
+        replayed=_replayed(policy, setting),
     )
+
+
+def _replayed(policy: LatentPolicy, setting: MemorySetting) -> np.ndarray | None:
+    """All of the clip's tokens one after the other, as long as there are some."""
+    config = policy.modules_config.visual_replay
+    if config is None:
+        return None
+    frames, rows, columns = setting.grid
+    video = frames * rows * columns // policy.config.vision_config.spatial_merge_size**2
+    places = np.arange(setting.latents * config.tokens).reshape(-1, config.tokens)
+    return np.where(places < video, places, -1)
 
 
 def _prompt(config: Any, setting: MemorySetting, text: int) -> Iterator[int]:

@@ -39,6 +39,11 @@ def pack(trajectories: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
         )
     tensors = {}
     there = {n: o for n, o in OPTIONAL.items() if getattr(trajectories[0], n) is not None}
+    if any((getattr(t, n) is None) == (n in there) for n in OPTIONAL for t in trajectories):
+        raise TrajectoryError(
+            "trajectories with and without visual replay cannot be recorded together; those of a "
+            "step come from one policy"
+        )
     for name, offsets in {**ARRAYS, **there}.items():
         parts = [getattr(t, name) for t in trajectories]
         ends = list(accumulate((len(part) for part in parts), initial=0))

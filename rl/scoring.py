@@ -82,6 +82,14 @@ def collate(
     what the policy decided. Raises `TrajectoryError` for one that was sampled under another
     protocol.
     """
+    replays = policy.modules_config.visual_replay is not None
+    for t in trajectories:
+        if len(t.latents) and (t.replayed is not None) != replays:
+            raise TrajectoryError(
+                f"trajectory of sample {t.sample_id!r} was sampled "
+                f"{'without' if replays else 'with'} visual replay, and the policy scores "
+                f"{'with' if replays else 'without'} it; they must be of one policy"
+            )
     # Sequences of equal length stand side by side, where attention computes them together.
     laid = [_Completion.of(t) for t in trajectories]
     lengths = [len(t.prompt_ids) + len(c.ids) for t, c in zip(trajectories, laid, strict=True)]

@@ -160,8 +160,6 @@ class DeepLayer(_Base):
                 )
             spans = [(0, group.start, group.stop) for group in layout.groups]
         levels = self.depth_gate(hidden)[..., 0]
-        if torch.is_grad_enabled():
-            _count(levels)
         out = hidden.clone()
         for row, start, stop in spans:
             shares = levels[row, start:stop].softmax(0)
@@ -222,13 +220,17 @@ def _count(levels: torch.Tensor) -> None:
 
 @contextmanager
 def counted_depth() -> Iterator[list[torch.Tensor]]:
-    """Collects what the gates of all layers say in passes with gradients while this lasts."""
+    """Collects what the gates of all layers say in passes with gradients while this lasts, also for
+    a count that was going on.
+    """
     levels: list[torch.Tensor] = []
-    token = _counting.set(levels)
+    outer, token = _counting.get(), _counting.set(levels)
     try:
         yield levels
     finally:
         _counting.reset(token)
+        if outer is not None:
+            outer += levels
 
 
 def second_pass_share(levels: Sequence[torch.Tensor]) -> torch.Tensor | None:

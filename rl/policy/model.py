@@ -168,9 +168,11 @@ class LatentPolicy(_Base):
     def latent_means(self, hidden: torch.Tensor, seen: SeenVideo | None = None) -> torch.Tensor:
         """Means of the latents behind hidden states [N, Q, H], or [L, H] of a single row."""
         means = self.latent_head(hidden)
-        if self.latent_injection is None or not len(hidden):
+        if self.latent_injection is None:
             return means
         if seen is None:
+            if not len(hidden):
+                return means
             raise PolicyError(
                 "this policy's latents look at the video of their prompt (policy.injection), and "
                 "the call says nothing about it; `rl.scoring.collate` makes rows that do"
@@ -414,9 +416,8 @@ def load_policy(path: str | Path, modules: ModulesConfig | None = None, **kwargs
     settings, modules = policy_settings(config), modules or ModulesConfig()
     own = ModulesConfig.from_dict(settings.get("modules", {}))
     settings["modules"] = own.added(modules).to_dict()
-    return _load(
-        policy_class(model_class(config, path)), path, config=config, new=modules, **kwargs
-    )
+    new = replace(modules, **dict.fromkeys(own.names))
+    return _load(policy_class(model_class(config, path)), path, config=config, new=new, **kwargs)
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
@@ -463,6 +464,12 @@ def _load(
             f"the weights in {path} are not those of its config.json: {len(wrong)} parameters are "
             f"missing, unexpected or of another shape, such as {wrong[:3]}"
         )
+    for name, module in policy.named_modules():
+        # transformers passes by a module whose parameters are all its parts', and has a text model
+        # make its own.
+        new_parts = any(key.startswith(f"{name}.") for key in info["missing_keys"])
+        if new_parts and (reset := getattr(module, "reset", None)):
+            reset()
     return policy
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
+from rl.errors import PolicyError
 from rl.policy.model import LatentPolicy, placeholder_ids
 from rl.policy.packed_attention import install
 from rl.policy.saliency import watched
@@ -76,6 +77,11 @@ class Unroll:
         them. `watch` notes what their last tokens attend to, for `saliency`.
         """
         self.policy: Any = policy
+        if policy.training and policy.is_gradient_checkpointing:
+            raise PolicyError(
+                "the policy checkpoints its layers, which then keep no cache to go on from; turn "
+                "gradient checkpointing off"
+            )
         self._replays = policy.modules_config.visual_replay
         self._watch = watch or self._replays is not None
         if self._watch:
@@ -147,10 +153,13 @@ class Unroll:
         if self._replays is not None:
             fed = ids == self.policy.latent_tokens.filler
             replays = ids.new_full((len(ids), self._replays.tokens), -1)
-            if bool(fed.any()):
+            if bool(fed.any()) and self.videos.free.shape[1]:
                 chosen = choose(self.saliency, self.videos.free, self._replays.tokens)
                 replays = torch.where(fed[:, None], chosen, replays)
-            self.replayed, replays = replays, replays[:, None] if bool(fed.any()) else None
+            self.replayed, replays = (
+                replays,
+                replays[:, None] if bool((replays >= 0).any()) else None,
+            )
         self.extend(ids[:, None], latents, replays=replays)
 
     def extend(
@@ -301,14 +310,16 @@ def _differentiable_cache(policy: Any) -> DynamicCache:
 def _detached(cache: DynamicCache) -> DynamicCache:
     """A copy whose tensors carry no gradients."""
 
-    def cut(value: Any) -> Any:
+    def cut(value: Any, overwritten: bool) -> Any:
         if isinstance(value, dict):
-            return {key: cut(part) for key, part in value.items()}
-        return value.detach() if isinstance(value, torch.Tensor) else value
+            return {key: cut(part, overwritten) for key, part in value.items()}
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.detach().clone() if overwritten else value.detach()
 
     other = copy.copy(cache)
     other.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in other.layers:
         for name, value in vars(layer).items():
-            setattr(layer, name, cut(value))
+            setattr(layer, name, cut(value, type(layer) is LinearAttentionLayer))
     return other

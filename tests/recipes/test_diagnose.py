@@ -117,7 +117,17 @@ def test_how_an_update_is_computed_does_not_show(
 
 @pytest.mark.parametrize(
     "overrides",
-    [["train.lora={r: 2, alpha: 4}"], ["train.latents=own"], ["train.imagine_share=0"]],
+    [
+        ["train.lora={r: 2, alpha: 4}"],
+        ["train.latents=own"],
+        [
+            "train.latents=self_forcing",
+            "train.start_latents=2",
+            "policy.min_length=2",
+            "train.gradient_checkpointing=false",
+        ],
+        ["train.imagine_share=0"],
+    ],
 )
 def test_other_trainings(recipe: Path, tmp_path: Path, overrides: list[str]) -> None:
     lines = measure(recipe, tmp_path / "out", *overrides)

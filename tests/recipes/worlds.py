@@ -32,7 +32,7 @@ def write_recipe(
     """`LA_DAPO` with dotted `changes` (None deletes a key) as ``folder/recipe.yaml``."""
     values = copy.deepcopy(LA_DAPO)
     values["policy"]["path"], values["data"]["train"] = str(model), str(manifest)
-    for key, value in (changes or {}).items():
+    for key, value in copy.deepcopy(changes or {}).items():
         *parents, last = key.split(".")
         here = values
         for parent in parents:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,15 @@ from peft import LoraConfig, get_peft_model
 
 from rl.errors import PolicyError
 from rl.gradient_norms import KINDS, GradientNorms, TokenNorms
+from rl.policy.protocol import LatentProtocol
 from rl.policy.vision import vision_tower
 from rl.scoring import collate, replay
-from rl.trajectory import Trajectory
+from rl.sft.self_forcing import self_forced
+from rl.trajectory import Sampling, Trajectory
+from tests.latent import engine_for, requests_for, square_samples, thinking_policy
+from tests.rl.policy.test_modules import modules
 from tests.rl.test_packing import World, weights
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, Family
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -74,7 +79,7 @@ def naive(world: World, rows: list[Trajectory]) -> TokenNorms:
             loss = loss_of(world, world.policy, [t])
         gradients = torch.autograd.grad(loss, entered)
         ids = np.concatenate([t.prompt_ids, t.completion_ids])
-        for place, token in enumerate(ids[:-1]):
+        for place, token in enumerate(ids):
             if token == world.policy.config.video_token_id:
                 kind = "visual"
             elif token == t.filler:
@@ -188,6 +193,45 @@ def test_adapters(qwen3_vl: World, checkpointing: bool) -> None:
     merged = copy.copy(adapted)
     merged.policy = copy.deepcopy(model).eval().merge_and_unload().requires_grad_(True)
     assert_same(found, measured(merged, merged.policy, rows))
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [("qwen3_vl", ()), ("qwen3_5", ()), ("qwen3_vl", ("injection", "depth", "visual_replay"))],
+)
+def test_latents_of_its_own_are_made_one_after_the_other(
+    family: Family, names: tuple[str, ...], tmp_path: Path
+) -> None:
+    protocol = LatentProtocol(min_length=4, max_length=4, max_spans=1)
+    policy, processor = thinking_policy(tmp_path / "p", family, protocol, modules=modules(names))
+    engine = engine_for(policy, processor)
+    asked = requests_for(square_samples(tmp_path / "c"), 1, Sampling(0.0, 9, imagine="always"))
+    rows = [t for group in engine.generate(asked) for t in group]
+    latents = len(rows) * 4
+
+    def loss() -> torch.Tensor:
+        found = self_forced(policy, rows, engine.media, steps=3)
+        return found.scores.logprobs.sum() + found.align + found.diversity
+
+    with entering_states(policy) as entered:
+        value = loss()
+    firsts = [x for x in entered[:: len(policy.get_decoder().layers)] if x.requires_grad]
+    gradients = torch.autograd.grad(value, firsts)
+    with GradientNorms(policy) as norms:
+        loss().backward()
+        found = norms.take()
+    total = sum(float(gradient.norm(dim=-1).sum()) for gradient in gradients)
+    ours = sum(count * (found.embeddings[kind] or 0.0) for kind, count in found.tokens.items())
+    assert ours == pytest.approx(total, rel=1e-4)
+    shown = sum(int((t.prompt_ids == policy.config.video_token_id).sum()) for t in rows)
+    again = sum(int((t.replayed >= 0).sum()) for t in rows if t.replayed is not None)
+    assert (again > 0) == ("visual_replay" in names)
+    assert found.tokens == {
+        "visual": shown + again,
+        "question": sum(len(t.prompt_ids) for t in rows) - shown,
+        "answer": sum(len(t.completion_ids) for t in rows) - latents,
+        "latent": latents,
+    }
 
 
 def test_training_is_bit_for_bit_what_it_was(qwen3_vl: World) -> None:

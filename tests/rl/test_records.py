@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from rl.errors import DataError, TrajectoryError
 from rl.interfaces import GroupScores
+from rl.policy.modules import ModulesConfig
 from rl.policy.protocol import Slot
+from rl.policy.visual_replay import VisualReplayConfig
 from rl.record_rows import COLUMNS, MARK, read_row
 from rl.records import find_records, read_record, totals, write_record
 from rl.trajectory import MediaKey, Sample, Sampling, Trajectory, TrajectoryGroup
@@ -147,8 +149,9 @@ def test_the_lines_are_strict_json_for_people(tmp_path, groups):
     assert "球" in lines[0].decode()
 
 
-def test_real_trajectories(tmp_path):
-    policy, processor = thinking_policy(tmp_path / "policy", dtype=torch.bfloat16)
+@pytest.mark.parametrize("modules", [None, ModulesConfig(visual_replay=VisualReplayConfig(2))])
+def test_real_trajectories(modules, tmp_path):
+    policy, processor = thinking_policy(tmp_path / "policy", dtype=torch.bfloat16, modules=modules)
     samples = square_samples(tmp_path / "clips", 2)
     free = requests_for(samples[:1])
     never = requests_for(samples[1:], sampling=Sampling(0.7, 6, "never", top_p=0.9))
@@ -181,6 +184,33 @@ def test_any_spans_come_back(tmp_path_factory, spans, dtype):
     assert again.trajectories is not None
     for mine, other in zip(again.trajectories, rows, strict=True):
         assert_equal(mine, other)
+
+
+def test_what_was_shown_again_comes_back(tmp_path, groups):
+    rng = np.random.default_rng(0)
+    shown = [
+        TrajectoryGroup(
+            g.sample,
+            tuple(
+                dataclasses.replace(
+                    t, replayed=rng.integers(-1, 50, (len(t.latents), 4), dtype=np.int32)
+                )
+                for t in g
+            ),
+        )
+        for g in groups
+    ]
+    assert any(len(t.latents) == 0 for g in shown for t in g)
+    path = write(tmp_path, shown)
+    for again, group in zip(read_record(path), shown, strict=True):
+        assert again.trajectories is not None
+        for mine, other in zip(again.trajectories, group, strict=True):
+            assert_equal(mine, other)
+            assert mine.replayed is not None
+            assert_equal(pickle.loads(pickle.dumps(other)), other)
+    assert "replayed" in load_file(path.with_suffix(".safetensors"))
+    other = write(tmp_path / "without", groups)
+    assert "replayed" not in load_file(other.with_suffix(".safetensors"))
 
 
 def test_records_from_before_truncation_are_read(tmp_path, groups):

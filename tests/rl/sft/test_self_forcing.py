@@ -113,9 +113,7 @@ def test_it_makes_the_latents_that_generation_makes(family, names, taught):
         torch.testing.assert_close(found.scores.means, latents, atol=2e-5, rtol=0)
         with torch.no_grad():
             expected = policy(**collate(rows, policy, media).inputs)
-        torch.testing.assert_close(
-            found.scores.logprobs, expected.logprobs, atol=2e-5, rtol=0
-        )
+        torch.testing.assert_close(found.scores.logprobs, expected.logprobs, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
