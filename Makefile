@@ -81,7 +81,7 @@ format: $(STAMP)  ## Let ruff rewrite the files
 quickstart: $(STAMP)  ## Train the tiny video model, from MP4 files to an exported policy (ARGS)
 	$(BIN)/foresight quickstart $(ARGS)
 
-study: $(STAMP)  ## Future-L1's four recipes and their ablations on a small world, three seeds (ARGS)
+study: $(STAMP)  ## Systems and their ablations on a small world, three seeds; Future-L1 by default (ARGS)
 	$(BIN)/foresight study $(ARGS)
 
 bench: $(VLLM_STAMP)  ## Measure exactness, rewards, updates, memory, videos and engines: the tables in docs/

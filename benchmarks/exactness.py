@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rl.policy.model import load_policy
+from rl.policy.loading import load_policy
 from rl.policy.protocol import LatentProtocol
 from tests.latent import thinking_policy
 from tests.rl.test_scoring import gaps, sampled

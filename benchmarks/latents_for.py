@@ -54,7 +54,7 @@ from rl.data.manifest import read_manifest
 from rl.data.media import MediaProcessor
 from rl.export import whole_folder
 from rl.policy.heads import HeadConfig
-from rl.policy.model import make_policy
+from rl.policy.loading import make_policy
 from rl.policy.protocol import LatentProtocol
 from rl.writing import write_json, write_text
 

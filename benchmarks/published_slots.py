@@ -19,7 +19,7 @@ from transformers import AutoProcessor
 
 from rl.data.manifest import read_manifest
 from rl.data.media import LocalMedia, MediaProcessor
-from rl.policy.model import load_policy
+from rl.policy.loading import load_policy
 from rl.policy.protocol import LatentTokens
 from rl.published import collate_published, replay_published
 from rl.scoring import collate, replay

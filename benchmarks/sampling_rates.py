@@ -15,7 +15,7 @@ import torch
 from benchmarks.shapes import Setting
 from rl.data.media import LocalMedia, MediaProcessor
 from rl.interfaces import Engine
-from rl.policy.model import load_policy
+from rl.policy.loading import load_policy
 from rl.scoring import media_types
 from rl.trajectory import RolloutRequest, Sample, Sampling
 from rollouts.transformers_engine import TransformersEngine

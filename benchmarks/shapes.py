@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rl.policy.model import make_policy
+from rl.policy.loading import make_policy
 from rl.policy.protocol import LatentProtocol
 from tests.tiny import MERGE, PATCH, TEMPORAL, tiny_processor, tiny_tokenizer
 

@@ -58,7 +58,7 @@ from benchmarks.update_meter import (
 )
 from rl.la_dapo import LADAPOTrainer
 from rl.la_dapo_config import LADAPOConfig
-from rl.policy.model import load_policy
+from rl.policy.loading import load_policy
 from rl.policy.protocol import LatentProtocol
 from rl.trajectory import Sample
 

@@ -27,9 +27,10 @@ from rl.data.media import Media, MediaProcessor
 from rl.errors import ObjectiveError, PolicyError, RecipeError, VideoError
 from rl.export import POLICY
 from rl.policy.heads import HeadConfig
-from rl.policy.model import CONFIG_KEY, policy_settings, read_config
+from rl.policy.loading import read_config
 from rl.policy.modules import ModulesConfig
 from rl.policy.protocol import LatentProtocol
+from rl.policy.settings import CONFIG_KEY, policy_settings
 from rl.trajectory import Sample
 
 
@@ -169,7 +170,7 @@ def read_settings(path: str) -> dict[str, Any] | None:
 
     Raises `PolicyError` if there is no model, or one that takes no video.
     """
-    from rl.policy.model import model_class, policy_class
+    from rl.policy.loading import model_class, policy_class
 
     if Path(path).is_absolute() and not Path(path, "config.json").is_file():
         what = "has no config.json" if Path(path).is_dir() else "is no folder"

@@ -199,11 +199,18 @@ def quickstart(
 @app.command()
 def study(
     seeds: Annotated[str, typer.Option(help="Of everything random, with commas.")] = "0,1,2",
+    system: Annotated[
+        Literal["future_l1", "video_latent", "depth_scaling"],
+        typer.Option(help="Whose parts are compared."),
+    ] = "future_l1",
     variants: Annotated[
         str | None,
         typer.Option(
-            help="Rows of the table, with commas: la_dapo, no_contrast, no_diversity, text_only, "
-            "fixed_budget, published, published_scaled, no_noise; by default all."
+            help="Rows of the table, with commas; by default all. future_l1: la_dapo, no_contrast, "
+            "no_diversity, text_only, fixed_budget, published, published_scaled, no_noise. "
+            "video_latent: direct, chain, self_forcing, no_injection, no_align, no_diversity, "
+            "question, truncated, pause. depth_scaling: direct, chain, curriculum, replay, depth, "
+            "both."
         ),
     ] = None,
     world: Annotated[
@@ -214,19 +221,18 @@ def study(
     ] = Path("runs/study"),
     debug: Debug = False,
 ) -> None:
-    """Future-L1's four recipes and their ablations on a world that a laptop can learn."""
+    """A system's recipes and their ablations on a world that a laptop can learn."""
     with errors_shown(debug):
         with loading():
             from recipes.study.main import run_study
-            from recipes.study.variants import VARIANTS
-        chosen = list(VARIANTS) if variants is None else variants.split(",")
+        chosen = None if variants is None else variants.split(",")
         try:
             numbers = [int(seed) for seed in seeds.split(",")]
         except ValueError as error:
             raise typer.BadParameter(
                 "give whole numbers, as in 0,1,2", param_hint="--seeds"
             ) from error
-        run_study(output, numbers, chosen, Console(), world=world)
+        run_study(output, numbers, chosen, Console(), world=world, system=system)
 
 
 def _say(lines: list[str]) -> None:

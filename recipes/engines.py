@@ -14,7 +14,7 @@ import torch
 from recipes.configs import uses_gpu
 from recipes.schema import EvaluateRecipe, LADAPORecipe, RolloutsSection, SelectRecipe
 from rl.errors import RecipeError
-from rl.policy.model import model_class, policy_class, read_config
+from rl.policy.loading import model_class, policy_class, read_config
 from rollouts import vllm_cpu
 from rollouts.vllm_options import VLLMOptions
 from rollouts.vllm_plugin import MODELS

@@ -38,7 +38,7 @@ from rl.data.broken import BrokenClips
 from rl.data.media import MediaProcessor
 from rl.errors import CheckpointError
 from rl.export import export_policy, is_policy
-from rl.policy.model import load_policy
+from rl.policy.loading import load_policy
 from rl.records import write_record
 from rl.weights import weight_update
 from rollouts.pool import RolloutPool

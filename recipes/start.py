@@ -8,7 +8,7 @@ from recipes.check import Start
 from recipes.run_folder import RunFolder
 from recipes.schema import RecipeBase
 from rl.export import save_policy, whole_folder
-from rl.policy.model import load_policy, make_policy
+from rl.policy.loading import load_policy, make_policy
 
 
 def start_policy(recipe: RecipeBase, start: Start, run: RunFolder, console: Console) -> str:

@@ -191,7 +191,7 @@ def _load_tower(path: str, decode_timeout_s: float) -> tuple[Any, Any]:
 
     from rl.data.media import MediaProcessor
     from rl.export import is_policy
-    from rl.policy.model import load_policy, make_policy
+    from rl.policy.loading import load_policy, make_policy
     from rl.policy.vision import vision_tower
 
     try:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rl.la_dapo import LADAPOTrainer
     from rl.la_dapo_config import LADAPOConfig
     from rl.policy.heads import HeadConfig
-    from rl.policy.model import load_policy, make_policy
+    from rl.policy.loading import load_policy, make_policy
     from rl.policy.protocol import LatentProtocol
     from rl.trajectory import Sample, Sampling, Trajectory, TrajectoryGroup
 
@@ -41,7 +41,7 @@ _HOMES = {
     "rl.la_dapo": ("LADAPOTrainer",),
     "rl.la_dapo_config": ("LADAPOConfig",),
     "rl.policy.heads": ("HeadConfig",),
-    "rl.policy.model": ("load_policy", "make_policy"),
+    "rl.policy.loading": ("load_policy", "make_policy"),
     "rl.policy.protocol": ("LatentProtocol",),
     "rl.trajectory": ("Sample", "Sampling", "Trajectory", "TrajectoryGroup"),
 }

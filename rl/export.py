@@ -20,7 +20,8 @@ from transformers import AutoProcessor
 
 from rl.checkpoints import STATE_FILE, last_complete
 from rl.errors import CheckpointError, PolicyError
-from rl.policy.model import CONFIG_KEY, load_policy
+from rl.policy.loading import load_policy
+from rl.policy.settings import CONFIG_KEY
 
 # The folders of a run (`recipes.run_folder`).
 POLICY, START, CHECKPOINTS = "policy", "start", "checkpoints"

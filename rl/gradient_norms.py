@@ -26,7 +26,8 @@ import torch
 from torch import nn
 
 from rl.errors import PolicyError
-from rl.policy.model import LatentPolicy, placeholder_ids
+from rl.policy.model import LatentPolicy
+from rl.policy.settings import placeholder_ids
 
 # What tokens stand for: images and videos; all else in a prompt; what a completion says, with the
 # markers of its spans; its latents.

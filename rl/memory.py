@@ -31,17 +31,11 @@ from rl.errors import PolicyError, TrajectoryError
 from rl.interfaces import Media
 from rl.policy.adapters import with_whole_modules
 from rl.policy.heads import HeadConfig
-from rl.policy.model import (
-    CONFIG_KEY,
-    LatentPolicy,
-    model_class,
-    new_settings,
-    placeholder_ids,
-    policy_class,
-    read_config,
-)
+from rl.policy.loading import model_class, policy_class, read_config
+from rl.policy.model import LatentPolicy
 from rl.policy.modules import ModulesConfig
 from rl.policy.protocol import LatentProtocol, LatentTokens
+from rl.policy.settings import CONFIG_KEY, new_settings, placeholder_ids
 from rl.policy.vision import vision_tower
 from rl.scoring import Replay, collate, replay
 from rl.trajectory import MediaKey, Sampling, Trajectory

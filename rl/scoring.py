@@ -17,9 +17,10 @@ from rl.errors import TrajectoryError
 from rl.interfaces import Media, MediaSource
 from rl.policy.density import log_density
 from rl.policy.layout import PackLayout
-from rl.policy.model import LatentPolicy, placeholder_ids
+from rl.policy.model import LatentPolicy
 from rl.policy.protocol import Slot
 from rl.policy.scores import Scores, ScoreSlots
+from rl.policy.settings import placeholder_ids
 from rl.policy.video_tokens import VideoRows
 from rl.trajectory import MediaKey, Trajectory
 

@@ -25,7 +25,8 @@ from rl.data.broken import broken_clips, broken_samples
 from rl.data.media import MediaProcessor
 from rl.errors import ForesightError, PolicyError, RolloutError, VideoError
 from rl.interfaces import MediaSource, WeightUpdate
-from rl.policy.model import policy_settings, protocol_and_tokens, read_config
+from rl.policy.loading import read_config
+from rl.policy.settings import policy_settings, protocol_and_tokens
 from rl.trajectory import RolloutRequest, Sample, Trajectory, TrajectoryGroup
 from rollouts import vllm_cpu
 from rollouts.assemble import Assembler, Meter, check_update, stop_ids

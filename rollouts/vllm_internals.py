@@ -34,7 +34,7 @@ from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 from rl.errors import PolicyError
 from rl.policy.heads import HeadConfig
-from rl.policy.model import policy_settings, protocol_and_tokens
+from rl.policy.settings import policy_settings, protocol_and_tokens
 from rollouts.vllm_slots import Kept, LatentRequest, LatentSlots, pack, read_request
 
 # Preempted requests that nobody holds a key of (served ones) are remembered up to this many times

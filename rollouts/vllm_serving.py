@@ -17,7 +17,7 @@ from vllm.reasoning import ReasoningParser
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
 
-from rl.policy.model import protocol_and_tokens
+from rl.policy.settings import protocol_and_tokens
 from rollouts.vllm_slots import check_extra
 
 

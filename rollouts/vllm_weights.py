@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from rl.interfaces import WeightUpdate
-from rl.policy.model import model_class, policy_class, read_config
+from rl.policy.loading import model_class, policy_class, read_config
 
 _SHARED_MEMORY = Path("/dev/shm")
 

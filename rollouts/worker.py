@@ -149,7 +149,7 @@ def build_engine(spec: EngineSpec, processor: MediaProcessor, media: RefMedia) -
         )
     import torch
 
-    from rl.policy.model import load_policy
+    from rl.policy.loading import load_policy
     from rollouts.transformers_engine import TransformersEngine
 
     return TransformersEngine(

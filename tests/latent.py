@@ -13,7 +13,7 @@ import torch
 from rl.data.frames import FrameRule
 from rl.data.media import LocalMedia, MediaProcessor
 from rl.policy.heads import HeadConfig
-from rl.policy.model import make_policy
+from rl.policy.loading import make_policy
 from rl.policy.modules import ModulesConfig, is_new
 from rl.policy.protocol import LatentProtocol
 from rl.scoring import media_types

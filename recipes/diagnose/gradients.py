@@ -30,7 +30,7 @@ from recipes.schema import SFTRecipe
 from recipes.start import start_policy
 from rl.errors import RecipeError
 from rl.gradient_norms import GradientNorms
-from rl.policy.model import load_policy
+from rl.policy.loading import load_policy
 
 NUMBERS, PICTURE = "gradients.jsonl", "gradients.png"
 

@@ -36,7 +36,7 @@ from rl.data.media import MediaProcessor
 from rl.errors import RecipeError
 from rl.export import whole_folder
 from rl.policy.heads import HeadConfig
-from rl.policy.model import make_policy
+from rl.policy.loading import make_policy
 from rl.policy.protocol import LatentProtocol
 from rl.writing import write_json
 

@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 from recipes.quickstart.texts import ANSWER_CLOSE, ANSWER_OPEN, SIZE
 from recipes.quickstart.world import FPS, FRAMES_PER_STATE, OBSERVED, render
 from rl.data.media import LocalMedia, MediaProcessor
-from rl.policy.model import load_policy
+from rl.policy.loading import load_policy
 from rl.sft.alignment import pool_frames
 from rl.trajectory import RolloutRequest, Sample, Sampling, Trajectory
 from rollouts.transformers_engine import TransformersEngine

@@ -1,1 +1,1 @@
-"""Future-L1's four recipes over a world that a laptop can learn: `foresight study`."""
+"""Systems that think in latents, over a world that a laptop can learn: `foresight study`."""

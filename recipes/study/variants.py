@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from recipes.study.seed import Changes
 from recipes.study.world import LATENTS
-
-Changes = dict[str, Any]  # of a recipe: dotted key to value
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 A hop is three moves. The reasoning that is taught for it is a latent span, which depicts the state
 it starts from and the three that follow, and then in words the cell of each ball behind it. In a
 "seen" row the clip shows everything up to the answer, so that nothing is left to foresee: this is
-what the base model learns to answer, and what the hinted probe of the selection shows.
+what the base model learns to answer, and what the hinted probe of the selection shows. A "steps"
+row has the whole chain of thought, step by step.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from recipes.quickstart.perception import Perception
 from recipes.quickstart.world import FRAMES_PER_STATE, OBSERVED
 from recipes.quickstart.worlds import World
 
-Style = Literal["latents", "text", "direct", "seen"]
+Style = Literal["latents", "text", "direct", "seen", "steps"]
 Row = dict[str, Any]  # of a manifest
 Questions = Mapping[int, tuple[str, str]]  # by the number of hops, in two wordings
 
@@ -88,16 +89,21 @@ SETTINGS = {
 }
 
 
-def row_of(setting: Setting, seed: int, split: str, index: int, style: Style) -> Row:
+def row_of(
+    setting: Setting, seed: int, split: str, index: int, style: Style, hops: int | None = None
+) -> Row:
     """The manifest row of clip `index` of `split`, a function of the arguments alone.
 
     "latents" rows are taught span by span, "text" rows with every state in words behind an opening
     word (as often as `SHARES` says; else with the last state of each hop), "direct" rows not at
-    all. All show the same two states, "seen" rows those that follow as well.
+    all. All show the same two states, "seen" rows those that follow as well. "steps" rows
+    have the column `steps`: of each move the cells behind it. The question is over so many `hops`,
+    by default over one or two at random.
     """
     clip = setting.draw(seed, split, index)
     rng = np.random.default_rng([seed, index, *split.encode(), MOVES])
-    hops = int(rng.integers(1, len(setting.questions) + 1))
+    drawn = int(rng.integers(1, len(setting.questions) + 1))
+    hops = drawn if hops is None else hops
     chance = rng.random()
     row = setting.row(clip, split, index)
     row.setdefault("template", int(rng.integers(2)))  # the second world has one wording of its own
@@ -116,6 +122,9 @@ def row_of(setting: Setting, seed: int, split: str, index: int, style: Style) ->
         states = range(OBSERVED, _end(hops) + 1)
         steps = [texts.NEXT, *(word for s in states for word in setting.cells(clip, s))]
         row["reasoning"] = " ".join(steps if chance < SHARES[row["template"]] else landings)
+    elif style == "steps":
+        moves = range(OBSERVED, _end(hops) + 1)
+        row["steps"] = [" ".join(setting.cells(clip, state)) for state in moves]
     return row
 
 

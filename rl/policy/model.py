@@ -1,9 +1,9 @@
 """The latent policy: a transformers vision-language model that can be fed latents and scored on
 them.
 
-`make_policy` turns a video model into one, `load_policy` reads one back; a policy is saved by
-`save_pretrained` like any model, with its protocol and head in ``config.json`` under the key
-``foresight``, so a plain directory is enough.
+`rl.policy.loading` makes one of a video model and reads one back; it is saved by `save_pretrained`
+like any model, with its protocol, head and modules in ``config.json`` (`rl.policy.settings`), so a
+plain directory is enough.
 """
 
 from __future__ import annotations
@@ -12,34 +12,22 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-from transformers.utils import logging
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rl.errors import PolicyError, TrajectoryError
 from rl.policy import depth, packed_attention, packed_recurrence
 from rl.policy.heads import HeadConfig
 from rl.policy.injection import Memory
 from rl.policy.layout import PackLayout, followers
-from rl.policy.modules import ModulesConfig, is_new
+from rl.policy.modules import ModulesConfig
 from rl.policy.protocol import LatentProtocol, LatentTokens
 from rl.policy.scores import CHUNK_LOGITS, Scores, ScoreSlots, score_slots
+from rl.policy.settings import CONFIG_KEY, policy_settings, protocol_and_tokens
 from rl.policy.video_tokens import InputEmbeds, SeenVideo, VideoRows
 from rl.policy.vision import show_clips_once, vision_tower
 
@@ -48,9 +36,6 @@ if TYPE_CHECKING:
     _Base = PreTrainedModel
 else:
     _Base = object
-
-CONFIG_KEY = "foresight"
-_CONFIG_VERSION = 1
 
 
 class LatentPolicy(_Base):
@@ -294,205 +279,3 @@ class LatentPolicy(_Base):
             raise PolicyError("the latent tokens of a policy cannot be changed after it was made")
         self.protocol = protocol
         getattr(self.config, CONFIG_KEY)["protocol"] = protocol.to_dict()
-
-
-def policy_settings(config: PretrainedConfig) -> dict[str, Any]:
-    """The ``foresight`` entry of a model config."""
-    settings = getattr(config, CONFIG_KEY, None)
-    if not isinstance(settings, dict) or not {"protocol", "tokens", "head"} <= settings.keys():
-        raise PolicyError(
-            f"{config.name_or_path or type(config).__name__} is no latent policy: its config.json "
-            f"has no {CONFIG_KEY!r} entry. Make one with `rl.policy.make_policy`"
-        )
-    if settings.get("version") != _CONFIG_VERSION:
-        raise PolicyError(
-            f"the policy was saved in format {settings.get('version')}; this Foresight reads "
-            f"{_CONFIG_VERSION}"
-        )
-    return settings
-
-
-def new_settings(
-    protocol: LatentProtocol,
-    tokens: LatentTokens,
-    head: HeadConfig,
-    modules: ModulesConfig | None = None,
-) -> dict[str, Any]:
-    """The ``foresight`` entry of a new policy's config."""
-    return {
-        "version": _CONFIG_VERSION,
-        "protocol": protocol.to_dict(),
-        "tokens": {
-            "start": tokens.start,
-            "end": tokens.end,
-            "filler": tokens.filler,
-            "banned": list(tokens.banned),
-        },
-        "head": head.to_dict(),
-        "modules": (modules or ModulesConfig()).to_dict(),
-    }
-
-
-def placeholder_ids(config: PretrainedConfig) -> list[int]:
-    """The tokens that stand for images and videos in a prompt."""
-    ids = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
-    return [token for token in ids if token is not None]
-
-
-def protocol_and_tokens(config: PretrainedConfig) -> tuple[LatentProtocol, LatentTokens]:
-    """The protocol of a policy's config, and the ids of its tokens."""
-    settings = policy_settings(config)
-    tokens = {name: _tuples(ids) for name, ids in settings["tokens"].items()}
-    return LatentProtocol.from_dict(settings["protocol"]), LatentTokens(**tokens)
-
-
-@lru_cache
-def policy_class(base: type[PreTrainedModel]) -> type[Any]:
-    """The latent variant of a model class, e.g. `LatentQwen3VLForConditionalGeneration`."""
-    if "pixel_values_videos" not in inspect.signature(base.forward).parameters:
-        raise PolicyError(
-            f"{base.__name__} takes no video: its forward has no `pixel_values_videos`. Choose a "
-            "model with video input, for example Qwen3-VL, Qwen2.5-VL or Qwen3.5"
-        )
-    name = f"Latent{base.__name__}"
-    # transformers renames parameters between files and modules by class name, for its own classes
-    # only.
-    config: Any = base.config_class
-    renaming = get_checkpoint_conversion_mapping(
-        base.__name__
-    ) or get_checkpoint_conversion_mapping(config.model_type)
-    if renaming is not None:
-        register_checkpoint_conversion_mapping(name, renaming, overwrite=True)
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return LatentPolicy.forward(self, *args, **kwargs)
-
-    # `generate` reads off the signature which inputs a model takes.
-    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-    return type(name, (LatentPolicy, base), {"__module__": __name__, "forward": forward})
-
-
-def make_policy(
-    path: str | Path,
-    processor: ProcessorMixin | PreTrainedTokenizerBase,
-    protocol: LatentProtocol | None = None,
-    head: HeadConfig | None = None,
-    modules: ModulesConfig | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Load a video model and make it a latent policy.
-
-    The protocol's tokens are added to `processor`'s tokenizer if it lacks them (save the processor
-    beside the policy), the embeddings grow only if they have no spare rows, and the tokens' rows
-    start at the mean of the old ones. `kwargs` go to `from_pretrained`. Raises `PolicyError` for a
-    model without video input.
-    """
-    protocol, head = protocol or LatentProtocol(), head or HeadConfig()
-    tokenizer: Any = getattr(processor, "tokenizer", processor)
-    config = read_config(path)
-    cls = policy_class(model_class(config, path))
-    new = [
-        t
-        for t in protocol.tokens
-        if tokenizer.convert_tokens_to_ids(t) in (None, tokenizer.unk_token_id)
-    ]
-    tokenizer.add_tokens(new, special_tokens=True)
-    tokens = protocol.resolve(tokenizer, placeholder_ids(config))
-    modules = modules or ModulesConfig()
-    setattr(config, CONFIG_KEY, new_settings(protocol, tokens, head, modules))
-    policy = _load(cls, path, config=config, new_head=True, new=modules, **kwargs)
-    if len(tokenizer) > policy.get_input_embeddings().weight.shape[0]:
-        policy.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8, mean_resizing=False)
-    if new:
-        _start_at_mean(policy, [tokenizer.convert_tokens_to_ids(t) for t in new])
-    return policy
-
-
-def load_policy(path: str | Path, modules: ModulesConfig | None = None, **kwargs: Any) -> Any:
-    """Load a saved policy; `kwargs` go to `from_pretrained` (`dtype` defaults to float32). It gets
-    those of `modules` that it has not yet. Raises `PolicyError`.
-    """
-    config = read_config(path)
-    settings, modules = policy_settings(config), modules or ModulesConfig()
-    own = ModulesConfig.from_dict(settings.get("modules", {}))
-    settings["modules"] = own.added(modules).to_dict()
-    new = replace(modules, **dict.fromkeys(own.names))
-    return _load(policy_class(model_class(config, path)), path, config=config, new=new, **kwargs)
-
-
-def read_config(path: str | Path) -> PretrainedConfig:
-    """The config of the video model in `path`; `PolicyError` if it is none.
-
-    It is of the class the model takes: vLLM, once it has run in a process, has put classes of its
-    own into `AutoConfig`, and Qwen3.5's lacks what the model reads.
-    """
-    config = AutoConfig.from_pretrained(path)
-    own: Any = model_class(config, path).config_class
-    return config if type(config) is own else own.from_pretrained(path)
-
-
-def _load(
-    cls: type[Any],
-    path: str | Path,
-    *,
-    new: ModulesConfig,
-    new_head: bool = False,
-    **kwargs: Any,
-) -> Any:
-    """`from_pretrained` that insists on every weight but those of `new` modules, and with
-    `new_head` the latent head's.
-    """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what its report says is judged below
-    try:
-        policy, info = cls.from_pretrained(
-            path,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, with the others
-            **{"dtype": torch.float32, **kwargs},
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-    missing = {
-        key
-        for key in info["missing_keys"]
-        if not (is_new(key, new) or (new_head and key.startswith("latent_head.")))
-    }
-    wrong = sorted(missing | set(info["unexpected_keys"]) | {m[0] for m in info["mismatched_keys"]})
-    if wrong:
-        raise PolicyError(
-            f"the weights in {path} are not those of its config.json: {len(wrong)} parameters are "
-            f"missing, unexpected or of another shape, such as {wrong[:3]}"
-        )
-    for name, module in policy.named_modules():
-        # transformers passes by a module whose parameters are all its parts', and has a text model
-        # make its own.
-        new_parts = any(key.startswith(f"{name}.") for key in info["missing_keys"])
-        if new_parts and (reset := getattr(module, "reset", None)):
-            reset()
-    return policy
-
-
-def model_class(config: PretrainedConfig, path: str | Path) -> type[PreTrainedModel]:
-    """The transformers class of the vision-language model in `path`; `PolicyError` if it is
-    none.
-    """
-    try:
-        mapping: Any = AutoModelForImageTextToText._model_mapping
-        return mapping[type(config)]
-    except KeyError:
-        raise PolicyError(
-            f"{path} holds a {config.model_type!r} model, which is no vision-language model. "
-            "Choose a model with video input, for example Qwen3-VL, Qwen2.5-VL or Qwen3.5"
-        ) from None
-
-
-@torch.no_grad()
-def _start_at_mean(policy: Any, ids: list[int]) -> None:
-    for embedding in (policy.get_input_embeddings(), policy.get_output_embeddings()):
-        weight = embedding.weight
-        weight[ids] = weight[: min(ids)].mean(0, keepdim=True).to(weight.dtype)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

@@ -19,9 +19,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
 from rl.errors import PolicyError
-from rl.policy.model import LatentPolicy, placeholder_ids
+from rl.policy.model import LatentPolicy
 from rl.policy.packed_attention import install
 from rl.policy.saliency import watched
+from rl.policy.settings import placeholder_ids
 from rl.policy.video_tokens import SeenVideo
 from rl.policy.visual_replay import choose
 

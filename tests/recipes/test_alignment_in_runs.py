@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from recipes.cli import app
 from rewards.latent_alignment import latent_alignment
 from rl.data.media import MediaProcessor
-from rl.policy.model import load_policy
+from rl.policy.loading import load_policy
 from rl.records import RecordedGroup, read_record
 from rl.sft.targets import compute_targets
 from tests.latent import thinking_policy

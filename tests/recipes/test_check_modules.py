@@ -19,7 +19,7 @@ from rl.errors import ObjectiveError, PolicyError, RecipeError
 from rl.export import export_policy
 from rl.policy.depth import DepthConfig
 from rl.policy.injection import InjectionConfig
-from rl.policy.model import load_policy
+from rl.policy.loading import load_policy
 from rl.policy.visual_replay import VisualReplayConfig
 from rollouts.vllm_engine import VLLMEngine
 from tests.latent import thinking_policy

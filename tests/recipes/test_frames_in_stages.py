@@ -119,7 +119,7 @@ def test_frames_are_those_of_every_stage(
         str(folder / "run"), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
     )
     trainer = LatentSFTTrainer(policy, config, samples, media_of(processor, rule))
-    assert [trainer._prompt(i)[1] for i in range(len(samples))] == rl.shown
+    assert [trainer.rows._prompt(i)[1] for i in range(len(samples))] == rl.shown
 
 
 def media_of(processor: Any, rule: FrameRule) -> Any:

@@ -21,7 +21,7 @@ from recipes.run import RunResult, _last_checkpoint, run_recipe
 from recipes.run_folder import RunFolder
 from rl.checkpoints import STATE_FILE
 from rl.errors import CheckpointError
-from rl.policy.model import load_policy
+from rl.policy.loading import load_policy
 from tests.recipes.worlds import write_recipe
 
 FORESIGHT = [sys.executable, "-c", "from recipes.cli import app; app()"]

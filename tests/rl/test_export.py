@@ -21,7 +21,7 @@ from rl.data.media import LocalMedia, MediaProcessor
 from rl.errors import CheckpointError, PolicyError
 from rl.export import export_policy, save_policy, verify, whole_folder
 from rl.policy.heads import HeadConfig
-from rl.policy.model import load_policy, make_policy
+from rl.policy.loading import load_policy, make_policy
 from rl.policy.protocol import LatentProtocol
 from rl.trajectory import RolloutRequest, Sampling
 from rollouts.transformers_engine import TransformersEngine

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, Qwen3_5Config
 
-from rl.policy.model import load_policy, make_policy
+from rl.policy.loading import load_policy, make_policy
 from rollouts.vllm_weights import parameter_shapes
 from tests.tiny import save_tiny_checkpoint, tiny_processor
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config
 
-from rl.policy.model import load_policy
+from rl.policy.loading import load_policy
 from rl.policy.protocol import LatentProtocol
 from tests.latent import thinking_policy
 from tests.rollouts.vllm_runs import Ask, cut, engine, gaps, how, same, sample, take

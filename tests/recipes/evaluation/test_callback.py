@@ -17,7 +17,7 @@ from rl.data.broken import BrokenClips
 from rl.data.manifest import read_manifest
 from rl.data.media import LocalMedia, MediaProcessor
 from rl.errors import DataError, RecipeError
-from rl.policy.model import make_policy
+from rl.policy.loading import make_policy
 from rl.policy.protocol import LatentProtocol
 from rl.sft.trainer import LatentSFTConfig, LatentSFTTrainer
 from rl.trajectory import Sample

@@ -24,7 +24,7 @@ from rl.data.broken import BrokenClips
 from rl.data.manifest import read_manifest
 from rl.data.media import LocalMedia, MediaProcessor
 from rl.errors import DataError, RecipeError, VideoError
-from rl.policy.model import make_policy
+from rl.policy.loading import make_policy
 from rl.policy.protocol import Slot
 from rl.trajectory import RolloutRequest, Sample, Trajectory, TrajectoryGroup
 from rollouts.transformers_engine import TransformersEngine

@@ -16,7 +16,7 @@ from recipes.quickstart.main import run_quickstart
 from recipes.quickstart.perception import STATE_FILE as PERCEPTION
 from rl.checkpoints import STATE_FILE
 from rl.errors import RecipeError
-from rl.policy.model import load_policy
+from rl.policy.loading import load_policy
 
 pytestmark = pytest.mark.slow  # the study's tests go through the same stages on a few clips
 

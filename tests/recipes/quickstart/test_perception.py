@@ -17,7 +17,7 @@ from recipes.quickstart.worlds import Words
 from rl.data import MediaProcessor, read_manifest
 from rl.errors import CheckpointError
 from rl.policy.heads import HeadConfig
-from rl.policy.model import load_policy, make_policy
+from rl.policy.loading import load_policy, make_policy
 from rl.policy.protocol import LatentProtocol
 from rl.trajectory import Sample
 

@@ -15,7 +15,7 @@ from recipes.quickstart.checkpoint import make_checkpoint
 from recipes.quickstart.world import render, write_world
 from rl.data import MediaProcessor, read_manifest
 from rl.policy.heads import HeadConfig
-from rl.policy.model import make_policy
+from rl.policy.loading import make_policy
 from rl.policy.protocol import LatentProtocol
 from rl.trajectory import Sample
 

@@ -36,7 +36,7 @@ from rl.data.manifest import read_manifest
 from rl.data.media import LocalMedia, MediaProcessor
 from rl.errors import CheckpointError, RecipeError
 from rl.policy.heads import HeadConfig
-from rl.policy.model import make_policy
+from rl.policy.loading import make_policy
 from rl.policy.protocol import LatentProtocol
 from rl.trajectory import Sample
 from rollouts.transformers_engine import TransformersEngine

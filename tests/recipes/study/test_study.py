@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +11,17 @@ import pytest
 import torch
 from rich.console import Console
 
+from recipes import cli
 from recipes.configs import trainer_config
 from recipes.loading import load_recipe
 from recipes.quickstart.perception import Perception
+from recipes.schema import SFTRecipe
 from recipes.study import world
-from recipes.study.chain import Scale
+from recipes.study.lessons import DEPTH_SCALING, VIDEO_LATENT
 from recipes.study.main import run_study
-from recipes.study.table import cell, interval, study_table
+from recipes.study.seed import Scale, Seed
+from recipes.study.systems import SYSTEMS
+from recipes.study.table import COST, HOPS, by_cost, cell, interval, study_table
 from recipes.study.variants import VARIANTS
 from rl.errors import RecipeError
 
@@ -40,6 +45,8 @@ TINY = Scale(
             "rollouts.workers": 1,
         },
         "evaluate": {"rollouts.workers": 1},
+        "video_latent": _STEPS,
+        "depth_scaling": _STEPS,
     },
 )
 
@@ -82,7 +89,33 @@ def test_started_again_it_computes_nothing_and_says_the_same(tmp_path: Path) -> 
     assert {p: p.stat().st_mtime_ns for p in seed.rglob("*.safetensors")} == before
 
 
+@pytest.mark.parametrize(
+    ("system", "rows"),
+    [("video_latent", ["self_forcing", "pause"]), ("depth_scaling", ["chain", "both", "direct"])],
+)
+def test_rows_of_single_runs(system: str, rows: list[str], tmp_path: Path) -> None:
+    """And a system that comes later finds the clips and the perception of the one before."""
+    results = run_study(tmp_path, [0], rows, Console(quiet=True), TINY, system=system)
+    assert list(results["figures"]) == [name for name in SYSTEMS[system].variants if name in rows]
+    for (figures,) in results["figures"].values():
+        assert figures["steps"] == figures["tokens"] + figures["latents"] > 0
+        assert figures["seconds"] > 0
+    folder = tmp_path / "tiles" / system
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert "AR steps" in (folder / "table.md").read_text()
+
+    seed = tmp_path / "tiles" / "seed0"
+    kept = [*seed.rglob("*.safetensors"), seed / "perception" / "perception.pt"]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    assert run_study(tmp_path, [0], rows, Console(quiet=True), TINY, system=system) == results
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+
+
 def test_unknown_names(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="'x' is unknown; choose of future_l1, video_latent, dep"):
+        run_study(tmp_path, [0], None, Console(quiet=True), TINY, system="x")
+    with pytest.raises(RecipeError, match="'la_dapo' is unknown; choose of direct, chain, self_"):
+        run_study(tmp_path, [0], ["la_dapo"], Console(quiet=True), TINY, system="video_latent")
     with pytest.raises(RecipeError, match="'no_such' is unknown; choose of la_dapo"):
         run_study(tmp_path, [0], ["no_such"], Console(quiet=True), TINY)
     with pytest.raises(RecipeError, match="--world: 'sea' is unknown; choose of tiles, balls"):
@@ -118,6 +151,11 @@ def test_rows(name: str) -> None:
         assert len(words) == states * len(places) + (words[0] == "next")
         assert row(i, "seen")["frames"] == list(range(4 + 6 * hops))
         assert row(i, "direct").get("reasoning") is None
+        steps = world.row_of(world.SETTINGS[name], 0, "train", i, "steps", 2)
+        assert steps["frames"] == [0, 1, 2, 3] and steps["question_type"] == "hop2"
+        assert len(steps["steps"]) == 6 and "reasoning" not in steps and "imagine" not in steps
+        assert steps["steps"][3 * hops - 1] == cells
+        assert row(i, "steps")["steps"] == steps["steps"][: 3 * hops]
 
 
 def test_interval_over_seeds() -> None:
@@ -125,10 +163,14 @@ def test_interval_over_seeds() -> None:
     mean, half = interval([0.7, 0.8, 0.9])
     assert mean == pytest.approx(0.8) and half == pytest.approx(0.24843, abs=1e-5)
     assert interval([0.5]) == (0.5, None)
-    assert cell("all", [0.7, 0.8, 0.9]) == "80.0 ± 24.8" and cell("all", [None]) == "-"
-    assert cell("neighbours", [0.25]) == "0.25"
-    table = study_table({"a": [{"hop1": 0.5}]}, {"a": "A"}, "t")
+    accuracy, cosine = HOPS["all"], HOPS["neighbours"]
+    assert cell(accuracy, [0.7, 0.8, 0.9]) == "80.0 ± 24.8" and cell(accuracy, [None]) == "-"
+    assert cell(cosine, [0.25]) == "0.25"
+    table = study_table({"a": [{"hop1": 0.5}]}, {"a": "A"}, HOPS, "t")
     assert table.markdown().splitlines()[-1] == "| A | 50.0 | - | - | - | - |"
+    mode = {"accuracy": 0.5, "tokens": 4.0, "latents": 6.0, "neighbours": None}
+    table = study_table({"a": [by_cost({"modes": {"free": mode}}, 61.4)]}, {"a": "A"}, COST, "t")
+    assert table.markdown().splitlines()[-1] == "| A | 50.0 | 4.0 | 6.0 | 10.0 | - | 61 |"
 
 
 def test_variants_change_what_they_say() -> None:
@@ -143,3 +185,38 @@ def test_every_variant_is_a_recipe_that_its_trainer_takes(name: str, tmp_path: P
     settings = [f"{key}={json.dumps(value)}" for key, value in VARIANTS[name].rl.items()]
     recipe = load_recipe(FOLDER / "la_dapo.yaml", [f"output={tmp_path}", *settings])
     assert trainer_config(recipe).max_steps == 40
+
+
+@pytest.mark.parametrize(
+    ("system", "name"),
+    [*(("video_latent", n) for n in VIDEO_LATENT), *(("depth_scaling", n) for n in DEPTH_SCALING)],
+)
+def test_every_row_is_a_recipe_that_its_trainer_takes(
+    system: str, name: str, tmp_path: Path
+) -> None:
+    seed = Seed(tmp_path, 0, Scale(), Console(quiet=True))
+    rows = SYSTEMS[system].rows
+    assert rows is not None
+    recipe = seed.recipe(system, name, rows[name].changes)
+    assert isinstance(recipe, SFTRecipe) and recipe.evaluation is not None
+    config, base = trainer_config(recipe), load_recipe(FOLDER / f"{system}.yaml").train
+    assert (config.max_steps, recipe.train.rows_per_step) == (base.max_steps, base.rows_per_step)
+    imagines = name not in ("direct", "chain")
+    assert (recipe.evaluation.modes == ["never"]) == (not imagines)
+    assert (config.schedule is not None) == (
+        name == "chain" or (imagines and system == "depth_scaling")
+    )
+    if name == "chain":
+        assert config.schedule.stage_at(config.max_steps) == 0
+
+
+def test_what_the_rows_change() -> None:
+    assert VIDEO_LATENT["self_forcing"].changes == DEPTH_SCALING["curriculum"].changes == {}
+    both = DEPTH_SCALING["both"].changes
+    assert both == DEPTH_SCALING["replay"].changes | DEPTH_SCALING["depth"].changes
+
+
+def test_the_command_s_help_names_all_rows() -> None:
+    said = " ".join(inspect.getsource(cli.study).replace('"', "").split())
+    for system in SYSTEMS.values():
+        assert f"{system.name}: {', '.join(system.variants)}." in said

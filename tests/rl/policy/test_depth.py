@@ -3,6 +3,7 @@
 import copy
 import math
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from rl.policy.depth import (
     install,
     second_pass_share,
 )
-from rl.policy.model import make_policy, model_class
+from rl.policy.loading import make_policy, model_class
 from rl.policy.modules import ModulesConfig
 from rl.scoring import collate
 from tests.latent import (
@@ -44,7 +45,7 @@ def deep_policy(folder, family, router="token", layers=3):
     save_tiny_checkpoint(folder, family, layers=layers)
     kinds = ["linear_attention", "full_attention"] * 2 if family == "qwen3_5" else ["full"] * 4
     chosen = tuple(i for i in range(layers) if kinds[i] != "linear_attention")
-    depth = DepthConfig(layers=chosen, router=router, tokens=TOKENS)
+    depth = DepthConfig(layers=chosen, router=router, tokens=TOKENS)  # type: ignore[arg-type]
     modules = ModulesConfig(depth=depth)
     policy = make_policy(folder, processor, PROTOCOL, modules=modules).eval()
     assert [isinstance(layer, DeepLayer) for layer in policy.get_decoder().layers] == [
@@ -63,7 +64,7 @@ def world(tmp_path_factory):
     """Policies with deep layers, their media, and trajectories of four prompts in groups of 2."""
     made = {}
 
-    def make(family="qwen3_vl", router="token"):
+    def make(family: Any = "qwen3_vl", router: Any = "token") -> Any:
         folder = tmp_path_factory.mktemp(family)
         if family not in made:
             plain, processor = thinking_policy(folder / "plain", family)
@@ -273,12 +274,12 @@ def test_budget_by_hand():
     levels = [torch.tensor([0.0, 0.1]), torch.tensor([-0.1, 1.0, -1.0])]
     share = second_pass_share(levels)
     up = 1 / (1 + math.exp(-1))  # σ(0.1 / 0.1), and 1 - up is σ(-0.1 / 0.1)
-    assert share.item() == pytest.approx((0.5 + up + (1 - up) + 1 + 0) / 5, abs=1e-4)
+    assert share.item() == pytest.approx((0.5 + up + (1 - up) + 1 + 0) / 5, abs=1e-4)  # type: ignore[union-attr]
     assert budget_loss(torch.tensor(0.5), 0.2).item() == pytest.approx(0.09)
     assert second_pass_share([]) is None
     level = torch.tensor([2.0, -0.05], requires_grad=True)
-    budget_loss(second_pass_share([level]), 0.9).backward()
-    assert level.grad[1] < 0  # too few: the levels rise
+    budget_loss(second_pass_share([level]), 0.9).backward()  # type: ignore[arg-type]
+    assert level.grad[1] < 0  # too few: the levels rise  # type: ignore[index]
 
 
 def test_levels_are_counted_where_someone_counts(world):

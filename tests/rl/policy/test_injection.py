@@ -10,8 +10,9 @@ import torch
 from rl.errors import PolicyError
 from rl.policy.heads import HeadConfig
 from rl.policy.injection import InjectionConfig, VideoInjection
-from rl.policy.model import make_policy, placeholder_ids
+from rl.policy.loading import make_policy
 from rl.policy.modules import ModulesConfig
+from rl.policy.settings import placeholder_ids
 from rl.policy.unroll import Unroll
 from rl.scoring import collate, prompt_inputs
 from rl.trajectory import Sampling
@@ -59,7 +60,7 @@ def test_who_sees_no_video_gets_zeros():
     assert found.isfinite().all() and found[0, 1].eq(0).all() and found[1].eq(0).all()
     assert found[0, [0, 2]].ne(0).all()
     found.sum().backward()
-    assert all(p.grad.isfinite().all() for p in module.parameters())
+    assert all(p.grad.isfinite().all() for p in module.parameters())  # type: ignore[union-attr]
     nothing = module(hidden, module.remember(torch.randn(2, 0, 4)), visible[..., :0])
     assert torch.equal(nothing, torch.zeros(2, 3, 4))
 

@@ -10,7 +10,8 @@ from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 from rl.data.media import LocalMedia, MediaProcessor
 from rl.errors import PolicyError, TrajectoryError
 from rl.policy.heads import HeadConfig
-from rl.policy.model import LatentPolicy, load_policy, make_policy, model_class
+from rl.policy.loading import load_policy, make_policy, model_class
+from rl.policy.model import LatentPolicy
 from rl.policy.protocol import LatentProtocol
 from rl.scoring import collate
 from tests.latent import engine_for, requests_for, square_samples, thinking_policy

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from rl.export import export_policy
 from rl.policy.adapters import with_whole_modules
 from rl.policy.depth import DepthConfig
 from rl.policy.injection import InjectionConfig
-from rl.policy.model import load_policy, make_policy, model_class
+from rl.policy.loading import load_policy, make_policy, model_class
 from rl.policy.modules import ModulesConfig, is_new
 from rl.policy.protocol import LatentProtocol
 from rl.policy.visual_replay import VisualReplayConfig
@@ -49,7 +50,7 @@ def modules(names):
     return ModulesConfig(**{name: PARTS[name] for name in names})
 
 
-def sampled(policy, processor, folder, sampling=Sampling(1.0, 20), size=3):
+def sampled(policy, processor, folder, sampling=Sampling(1.0, 20), size=3) -> Any:
     engine = engine_for(policy, processor)
     requests = requests_for(square_samples(folder), size, sampling)
     return engine, [t for group in engine.generate(requests) for t in group]
@@ -60,7 +61,7 @@ def test_replay_gives_back_the_samplers_log_probs(family, names, tmp_path):
     policy, processor = thinking_policy(tmp_path / "p", family, modules=modules(names))
     engine, trajectories = sampled(policy, processor, tmp_path / "clips")
     assert sum(len(t.latents) for t in trajectories) > 10
-    found = replay(policy, collate(trajectories, policy, engine.media), policy)
+    found: Any = replay(policy, collate(trajectories, policy, engine.media), policy)
     assert replay_gaps(found, trajectories).largest < 1e-5
     if "depth" in names:
         assert 0.0 < found.depth.item() < 1.0
@@ -194,7 +195,7 @@ def test_adapters_train_modules_whole_and_export_them(tmp_path):
     processor.save_pretrained(tmp_path / "base")
     base = load_policy(tmp_path / "base").eval()
     config = with_whole_modules(LORA, base)
-    assert set(config.modules_to_save) == {
+    assert set(config.modules_to_save) == {  # type: ignore[attr-defined]
         "depth_gate",
         "latent_head",
         "latent_injection",
@@ -300,7 +301,7 @@ def test_a_trajectory_does_not_hang_on_its_batch(family, tmp_path):
         assert ours.completion_ids.tolist() == theirs.completion_ids.tolist()
         torch.testing.assert_close(ours.latents, theirs.latents, atol=2e-5, rtol=1e-4)
         if "visual_replay" in names:
-            assert ours.replayed.tolist() == theirs.replayed.tolist()
+            assert ours.replayed.tolist() == theirs.replayed.tolist()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("length", [2, 3, 4])
@@ -314,7 +315,7 @@ def test_completions_cut_off_inside_a_span(length, tmp_path):
         assert (t.replayed[-1] == -1).all()  # a latent that was never fed
         assert (t.replayed[:-1, 0] >= 0).all()
     with torch.no_grad():
-        found = replay(policy, collate(trajectories, policy, engine.media), policy)
+        found: Any = replay(policy, collate(trajectories, policy, engine.media), policy)
     assert replay_gaps(found, trajectories).largest < 1e-5
 
 

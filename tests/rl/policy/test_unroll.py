@@ -1,6 +1,7 @@
 """Sequences that grow side by side, against one pass over each of them alone."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def world(tmp_path_factory):
     return make
 
 
-close = {"atol": 2e-5, "rtol": 1e-4}
+close: Any = {"atol": 2e-5, "rtol": 1e-4}
 BOTH = ("injection", "depth")
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rl.errors import PolicyError
 from rl.policy.depth import DepthConfig, DepthGate
-from rl.policy.model import load_policy, make_policy
+from rl.policy.loading import load_policy, make_policy
 from rl.policy.modules import ModulesConfig
 from rl.policy.saliency import watched
 from rl.policy.unroll import Unroll
@@ -239,7 +239,7 @@ def test_a_packed_row_is_its_sequences_put_together_by_hand(family, tmp_path):
     engine = engine_for(policy, processor)
     groups = engine.generate(requests_for(square_samples(tmp_path / "clips")))
     rows = [t for group in groups for t in group]
-    shown = [len(r[r >= 0]) for r in (t.replayed for t in rows)]
+    shown = [len(r[r >= 0]) for r in (t.replayed for t in rows)]  # type: ignore[index]
     assert max(shown) > 3 and min(shown) == 0
     batch = collate(rows, policy, engine.media)
     slots = batch.inputs["slots"]
@@ -279,5 +279,5 @@ def test_the_engine_shows_what_is_salient(family, tmp_path):
                 checked += 1
             fed = next(latents)[None] if is_latent else t.latents[:0]
             unroll.feed(torch.tensor([token]), fed)
-        assert t.replayed.tolist() == shown
+        assert t.replayed.tolist() == shown  # type: ignore[union-attr]
     assert checked > 5

@@ -15,7 +15,7 @@ from rl.checkpoints import read_state
 from rl.data import MediaProcessor, read_manifest
 from rl.errors import CheckpointError, DataError, ObjectiveError
 from rl.policy.heads import HeadConfig
-from rl.policy.model import make_policy
+from rl.policy.loading import make_policy
 from rl.policy.protocol import LatentProtocol
 from rl.sft.config import LatentSFTConfig
 from rl.sft.lessons import CurriculumLessons, SpanLessons, StartLessons, longest_spans

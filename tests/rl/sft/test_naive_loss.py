@@ -18,7 +18,7 @@ from rl.data import MediaProcessor, read_manifest
 from rl.data.media import LocalMedia
 from rl.data.video import read_frames
 from rl.policy.heads import HeadConfig, HeadKind
-from rl.policy.model import make_policy
+from rl.policy.loading import make_policy
 from rl.policy.protocol import LatentProtocol
 from rl.scoring import media_types
 from rl.sft.alignment import LatentLoss

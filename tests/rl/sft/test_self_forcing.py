@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
 from rl.errors import DataError
-from rl.policy.modules import ModulesConfig
 from rl.policy.protocol import LatentProtocol
 from rl.scoring import collate
 from rl.sft.self_forcing import alignment_loss, diversity_loss, segments, self_forced
@@ -27,7 +27,7 @@ PROTOCOL = LatentProtocol(min_length=4, max_length=4, max_spans=1)
 def taught(tmp_path):
     """A policy, and rows of one span of its own greedy latents."""
 
-    def make(family="qwen3_vl", parts=None):
+    def make(family: Any = "qwen3_vl", parts: Any = None) -> Any:
         policy, processor = thinking_policy(tmp_path / "p", family, PROTOCOL, modules=parts)
         engine = engine_for(policy, processor)
         sampling = Sampling(0.0, 9, imagine="always")
@@ -45,7 +45,7 @@ def blank(rows):
     ]
 
 
-def forced(policy, rows, media, steps=None, align_to="segments"):
+def forced(policy, rows, media, steps=None, align_to: Any = "segments"):
     return self_forced(policy, rows, media, steps=steps, align_to=align_to)
 
 
@@ -135,3 +135,131 @@ def test_gradients_are_those_of_a_naive_loop(family, names, steps, taught):
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, atol=2e-4, rtol=2e-3, msg=name)
+
+
+# -- the terms, by hand ----------------------------------------------------------------------------
+
+
+def test_alignment_and_diversity_by_hand():
+    latents = torch.tensor([[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [0.0, -1.0]]])
+    targets = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]])
+    # Cosines 0.6, 1, 1 and -1.
+    assert alignment_loss(latents, targets).item() == pytest.approx((0.4 + 0 + 0 + 2) / 4)
+    # Within the rows 0.6² and (-1)², either way round.
+    assert diversity_loss(latents).item() == pytest.approx((0.36 + 1) / 2)
+    assert diversity_loss(latents[:, :1]).item() == 0.0
+
+
+def test_segments_by_hand():
+    # Four frames of 1 x 2 tokens, whose means are 0, 1, 2 and 3; a shorter video beside it.
+    tokens = torch.tensor([-1.0, 1, 0, 2, 1, 3, 2, 4])[:, None].expand(8, 3)
+    short = torch.cat([tokens[4:], torch.full((4, 3), torch.nan)])
+    features, grids = torch.stack([tokens, short]), [(4, 1, 2), (2, 1, 2)]
+    assert segments(features, grids, 2)[:, :, 0].tolist() == [[0.5, 2.5], [2.0, 3.0]]
+    # Three segments of four frames overlap; four of two frames repeat.
+    assert segments(features, grids, 3)[0, :, 0].tolist() == [0.5, 1.5, 2.5]
+    assert segments(features, grids, 4)[1, :, 0].tolist() == [2.0, 2.0, 3.0, 3.0]
+    # Only the second token of each frame counts, and the last frame thrice.
+    weights = torch.tensor([[0.0, 1, 0, 1, 0, 1, 0, 3]] * 2)
+    weighted = segments(features[:1], grids[:1], 2, weights)[0, :, 0]
+    torch.testing.assert_close(weighted, torch.tensor([1.5, (3 + 3 * 4) / 4]))
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 12))
+def test_segments_cover_a_video_in_order(frames, tokens, count):
+    times = torch.arange(frames).float().repeat_interleave(tokens)[None, :, None]
+    (found,) = segments(times, [(frames, 1, tokens)], count)[..., 0]
+    assert (found.diff() >= 0).all()
+    assert found.min() >= 0 and found.max() <= frames - 1
+    if count >= frames:
+        assert found[0] == 0 and found[-1] == frames - 1
+    assert found.mean().item() == pytest.approx((frames - 1) / 2, abs=1e-5)
+
+
+def test_the_question_weighs_the_segments(taught):
+    policy, media, rows = taught()
+    by_time, by_question = (
+        forced(policy, blank(rows), media, align_to=to) for to in ("segments", "question")
+    )
+    assert by_time.align.item() != pytest.approx(by_question.align.item(), abs=1e-6)
+    torch.testing.assert_close(by_time.scores.means, by_question.scores.means)
+
+
+def test_shown_tokens_are_pulled_to_their_region(taught):
+    policy, media, rows = taught(parts=modules(("visual_replay",)))
+    found = forced(policy, blank(rows), media)
+    errors = []
+    for row in rows:
+        clip = media.get(row.media[0]).inputs
+        pixels, grid = clip["pixel_values_videos"], clip["video_grid_thw"]
+        features = policy.get_video_features(pixels, grid).pooler_output[0]
+        frames, height, width = grid[0, 0].item(), grid[0, 1].item() // 2, grid[0, 2].item() // 2
+        for places in row.replayed:
+            hits = {divmod(p, height * width) for p in places[places >= 0].tolist()}
+            best, region = -1, []
+            for t, y, x in itertools.product(range(frames), range(height - 1), range(width - 1)):
+                inside = [(y + a) * width + x + b for a in (0, 1) for b in (0, 1)]
+                score = sum((t, p) in hits for p in inside)
+                if score > best:
+                    best, region = score, [t * height * width + p for p in inside]
+            if hits:
+                shown = policy.visual_replay(features[places[places >= 0]]).mean(0)
+                errors.append((shown - features[region].mean(0).detach()).square().mean())
+    assert found.replay.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-4)
+    grads = gradients(policy, found.replay)
+    assert grads["visual_replay.outer.weight"].abs().max() > 0
+
+
+def test_rows_of_different_lengths_and_without_latents(taught):
+    policy, media, rows = taught(parts=modules(("injection", "depth")))
+    policy.set_protocol(dataclasses.replace(policy.protocol, min_length=1))
+    tokens = policy.latent_tokens
+
+    def shorter(t, count):
+        text = [i for i in t.completion_ids.tolist() if i not in (tokens.start, tokens.end)]
+        text = [i for i in text if i != tokens.filler]
+        span = [tokens.start, *[tokens.filler] * count, tokens.end] if count else []
+        ids = np.array(span + text)
+        trace = policy.protocol.trace(ids, tokens)
+        return dataclasses.replace(
+            t,
+            completion_ids=ids,
+            decision=trace.slots,
+            logprobs=np.zeros(len(ids), np.float32),
+            kept=np.zeros(len(ids), np.int32),
+            latents=torch.zeros(count, 32),
+            latent_logprobs=np.zeros(count),
+            span_lengths=trace.span_lengths,
+            sampling=Sampling(),
+        )
+
+    mixed = [shorter(t, count) for t, count in zip(rows, (2, 0, 3, 2), strict=True)]
+    together = forced(policy, mixed, media)
+    alone = [forced(policy, [row], media) for row in mixed]
+    torch.testing.assert_close(
+        together.scores.logprobs.sum(), sum(found.scores.logprobs.sum() for found in alone)
+    )
+    counts = torch.tensor([2.0, 0, 3, 2])
+    align = torch.stack([found.align for found in alone])
+    torch.testing.assert_close(together.align, (align * counts).sum() / 7)
+    assert together.scores.means.shape == (7, 32) and len(together.neighbours) == 1 + 2 + 1
+    assert together.scores.depth is not None
+
+
+def test_what_it_refuses(taught):
+    policy, media, rows = taught()
+    policy.set_protocol(dataclasses.replace(policy.protocol, max_spans=2))
+    tokens = policy.latent_tokens
+    ids = rows[0].completion_ids
+    inner = np.concatenate([[5], ids[:6]])  # text, and then the span
+    trace = policy.protocol.trace(inner, tokens)
+    late = dataclasses.replace(
+        blank(rows)[0],
+        completion_ids=inner,
+        decision=trace.slots,
+        logprobs=np.zeros(len(inner), np.float32),
+        kept=np.zeros(len(inner), np.int32),
+        sampling=Sampling(),
+    )
+    with pytest.raises(DataError, match=r"'square0': self-forcing takes one latent span, at the"):
+        forced(policy, [late], media)

@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 
 from rl.data import MediaProcessor, read_manifest
 from rl.errors import DataError, VideoError
-from rl.policy.model import make_policy
+from rl.policy.loading import make_policy
 from rl.policy.protocol import LatentProtocol
 from rl.policy.vision import vision_tower
 from rl.sft.target_cache import cached_targets

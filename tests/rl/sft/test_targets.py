@@ -12,7 +12,7 @@ import torch
 from transformers import AutoProcessor
 
 from rl.data import MediaProcessor, read_manifest
-from rl.policy.model import make_policy
+from rl.policy.loading import make_policy
 from rl.policy.protocol import LatentProtocol
 from rl.sft.target_clips import TargetClips
 from rl.sft.targets import compute_targets

@@ -17,7 +17,7 @@ from rl.data.broken import BadVideos, BrokenClips
 from rl.errors import DataError, ObjectiveError, PolicyError, VideoError
 from rl.policy.adapters import with_whole_modules
 from rl.policy.heads import HeadConfig
-from rl.policy.model import load_policy, make_policy
+from rl.policy.loading import load_policy, make_policy
 from rl.policy.protocol import LatentProtocol
 from rl.policy.vision import vision_tower
 from rl.sft.config import LatentSFTConfig, imagine_probability
