@@ -5,8 +5,8 @@ trained on what follows them; gradients flow back through the last m (`rl.sft.se
 
 *Kept* is what the forward pass leaves for the backward pass: the bytes of all tensors saved for
 gradients, each storage once, weights excluded. *Peak* (--peak) is the most that all tensors take
-during both passes beyond what was there before. Neither is what an allocator holds. Seconds are
-those of both passes, medians over repeats in turns.
+during both passes beyond what was there before, weights and gradients among it. Neither is what an
+allocator holds. Seconds are those of both passes, medians over repeats in turns.
 
 Beside it stands the loop that a reader would write first: the whole row anew for each latent,
 without a cache; its passes for constants take no gradients either. Both give the same log-probs,
@@ -200,26 +200,33 @@ def compare(
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def print_cases(found: dict[Case, Found]) -> None:
-    for case, f in found.items():
-        if not case.naive:
-            print(f"| {' | '.join(_cells(case, f))} |")
+def print_cases(found: dict[Case, Found], steps: Sequence[int], names: Sequence[str]) -> None:
+    """A line for each K: of each measure, the figures at every m and at m = K."""
+    own = {(c.frames, c.count, c.steps): f for c, f in found.items() if not c.naive}
+    for frames, count in dict.fromkeys((frames, count) for frames, count, _ in own):
+        measured = [own.get((frames, count, m)) for m in (*steps, count)]
+        cells = [str(own[frames, count, count].prompt), str(len(frames)), str(count)]
+        cells += ["-" if f is None else _figures(f)[name] for name in names for f in measured]
+        print(f"| {' | '.join(cells)} |")
 
 
-def print_naive(found: dict[Case, Found]) -> None:
+def print_naive(found: dict[Case, Found], names: Sequence[str]) -> None:
     """The loop, and how many times what self-forcing takes it takes."""
     for case, f in found.items():
         if case.naive:
             own = found[replace(case, naive=False)]
             ratios = f.kept / own.kept, median(f.seconds) / median(own.seconds)
-            print(f"| {' | '.join([*_cells(case, f), *(f'**{x:.1f}**' for x in ratios)])} |")
+            cells = [str(f.prompt), str(case.count), str(case.steps)]
+            cells += [_figures(f)[name] for name in names] + [f"**{x:.1f}**" for x in ratios]
+            print(f"| {' | '.join(cells)} |")
 
 
-def _cells(case: Case, found: Found) -> list[str]:
-    peak = [] if found.peak is None else [f"{found.peak / MIB:.1f}"]
-    names = [found.prompt, len(case.frames), case.count, case.steps]
-    kept, seconds = f"{found.kept / MIB:.1f}", f"{median(found.seconds):.2f}"
-    return [*map(str, names), kept, *peak, seconds]
+def _figures(found: Found) -> dict[str, str]:
+    return {
+        "kept, MiB": f"{found.kept / MIB:.1f}",
+        "peak, MiB": "-" if found.peak is None else f"{found.peak / MIB:.1f}",
+        "s": f"{median(found.seconds):.2f}",
+    }
 
 
 def print_growth(found: dict[Case, Found], size: Size, steps: Sequence[int]) -> None:
@@ -252,11 +259,14 @@ def main() -> None:
     clips = [(frames,) for frames in options.frames]
     if options.mixed:
         clips.append(tuple(options.frames))
-    print(f"{machine(torch.device('cpu'))}, float32, {options.clock} clock, {options.model}")
-    columns = ["prompt", "rows", "K", "m", "kept, MiB", "s"]
-    if options.peak:
-        columns.insert(5, "peak, MiB")
-    _head(*columns)
+    weights = sum(p.nbytes for p in policy.parameters()) / MIB
+    print(
+        f"{machine(torch.device('cpu'))}, float32, {options.clock} clock, {options.model}: "
+        f"weights of {weights:.1f} MiB"
+    )
+    names = [n for n in ("kept, MiB", "peak, MiB", "s") if options.peak or n != "peak, MiB"]
+    steps = [*map(str, options.steps), "K"]
+    _head("prompt", "rows", "K", *(f"{n}: m = {m}" for n in names for m in steps))
     found: dict[Case, Found] = {}
     for frames in clips:
         cases = [
@@ -267,14 +277,14 @@ def main() -> None:
         if len(frames) == 1:
             cases += [replace(c, naive=True) for c in cases if c.count == options.naive]
         measured = compare(policy, cases, config, options.repeats, options.clock, options.peak)
-        print_cases(measured)
+        print_cases(measured, options.steps, names)
         found |= measured
     print("\nWhat a latent adds to what is kept, and what the prompts' keys and values take, MiB:")
     _head("prompt", "rows", "a latent with gradients", "a constant one", "cache of the prompts")
     print_growth(found, size, options.steps)
     print("\nThe loop that computes whole rows anew, and how many times what self-forcing takes:")
-    _head(*columns, "times kept", "times s")
-    print_naive(found)
+    _head("prompt", "K", "m", *names, "times kept", "times s")
+    print_naive(found, names)
 
 
 def read_arguments() -> argparse.Namespace:

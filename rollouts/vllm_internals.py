@@ -86,7 +86,12 @@ class LatentQwen3ForCausalLM(_Latent, Qwen3ForCausalLM):
 def prepare_config(vllm_config: Any) -> None:
     """Refuse what latents cannot run with, and set what they need. Raises `PolicyError`."""
     model, name = vllm_config.model_config, vllm_config.model_config.architecture
-    policy_settings(model.hf_config)
+    modules = policy_settings(model.hf_config).get("modules", {})
+    if modules:
+        raise PolicyError(
+            f"{name}: vLLM cannot run a policy with {', '.join(modules)} yet; transformers can "
+            "(rollouts.engine: transformers, `foresight evaluate`)"
+        )
     refused = {
         "vLLM's V1 model runner (unset VLLM_USE_V2_MODEL_RUNNER=0)": (
             not vllm_config.use_v2_model_runner

@@ -57,8 +57,8 @@ VIDEO_LATENT = {
     "pause": Taught("pause: no gradient through latents", {"train.latents": "own"}),
 }
 
-# The clips that are shown have 32 tokens: replayed 4 at a time, they last for six latents.
-_REPLAY: Changes = {"policy.visual_replay": {"tokens": 4, "window": [1, 2, 2]}}
+# The clips that are shown have 32 tokens: replayed 8 at a time, three latents leave a quarter out.
+_REPLAY: Changes = {"policy.visual_replay": {"tokens": 8, "window": [1, 2, 2]}}
 _DEPTH: Changes = {"policy.depth": {}}
 
 DEPTH_SCALING = {

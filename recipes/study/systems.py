@@ -36,7 +36,7 @@ class System:
     labels: Mapping[str, str]
     columns: Columns
     rows: Mapping[str, Taught] | None = None  # of a system whose rows are single SFT runs
-    hops: int = 2  # of all questions there; the system's recipe has latents for their moves
+    hops: int = 1  # of all questions there; the system's recipe has latents for their moves
 
     def seed(
         self, folder: Path, seed: int, scale: Scale, console: Console, world: str

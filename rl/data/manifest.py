@@ -11,6 +11,7 @@
 | frames | integers | optional; the frames shown to the model, ascending |
 | imagine | lists of integers | optional; for each latent span, the frames it should depict |
 | reasoning | texts | optional; what to write around the spans: one text more than spans |
+| steps | texts | optional; a chain of thought, for a curriculum of latents |
 | window | two numbers | optional; the part of the video that counts, in seconds |
 | pool | integer | optional; `frames` and `imagine` are places among so many, spread over the clip |
 | images | paths | in the place of `video`: the images that a clip is made of |

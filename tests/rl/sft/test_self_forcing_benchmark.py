@@ -56,8 +56,8 @@ def test_a_smoke_run(monkeypatch, capsys):
     self_forcing.main()
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("|")]
     rows = [[cell.strip("* ") for cell in line.split("|")[1:-1]] for line in lines]
-    # Three m for each K, growth, and the loop at three m.
-    assert [len(row) for row in rows] == [7] * (2 + 2 * 3) + [5] * (2 + 1) + [9] * (2 + 3)
+    # Three measures at three m for each K; growth; and the loop at three m.
+    assert [len(row) for row in rows] == [12] * (2 + 2) + [5] * (2 + 1) + [8] * (2 + 3)
     for row in rows[-3:]:
         assert float(row[-2]) > 1.2  # times the memory
 
