@@ -135,7 +135,7 @@ class DeepLayer(_Base):
         level = self.depth_gate(out)
         gate = level.clamp(0.0, 1.0)
         if torch.is_grad_enabled():
-            _count(level)
+            _count(level[..., 0])
         elif not bool(gate.any()):
             return out
         with unwatched():  # whether this pass runs at all depends on the other tokens of a batch
@@ -210,20 +210,34 @@ class _SecondPass:
         return self._seen
 
 
-_counting: ContextVar[list[torch.Tensor] | None] = ContextVar("levels of the gates", default=None)
+# What a gate said of all tokens of a pass, and which of them are no padding: [B, T] both.
+Levels = tuple[torch.Tensor, torch.Tensor | None]
+
+_counting: ContextVar[list[Levels] | None] = ContextVar("levels of the gates", default=None)
+_real: ContextVar[torch.Tensor | None] = ContextVar("which tokens count", default=None)
 
 
 def _count(levels: torch.Tensor) -> None:
     if (counted := _counting.get()) is not None:  # None in backward: checkpointed layers run again
-        counted.append(levels.flatten())
+        counted.append((levels, _real.get()))
 
 
 @contextmanager
-def counted_depth() -> Iterator[list[torch.Tensor]]:
+def counting_only(real: torch.Tensor) -> Iterator[None]:
+    """While this lasts, tokens count where `real` (bool [B, T]) says so: the others are padding."""
+    token = _real.set(real)
+    try:
+        yield
+    finally:
+        _real.reset(token)
+
+
+@contextmanager
+def counted_depth() -> Iterator[list[Levels]]:
     """Collects what the gates of all layers say in passes with gradients while this lasts, also for
     a count that was going on.
     """
-    levels: list[torch.Tensor] = []
+    levels: list[Levels] = []
     outer, token = _counting.get(), _counting.set(levels)
     try:
         yield levels
@@ -233,15 +247,25 @@ def counted_depth() -> Iterator[list[torch.Tensor]]:
             outer += levels
 
 
-def second_pass_share(levels: Sequence[torch.Tensor]) -> torch.Tensor | None:
+def second_pass_share(counted: Sequence[Levels]) -> torch.Tensor | None:
     """The share of tokens that take the second pass, over all layers, softened so that it has a
     gradient: a float32 scalar. None where nothing was counted.
     """
-    return torch.sigmoid(torch.cat(list(levels)) / _SOFTNESS).mean() if levels else None
+    if not counted:
+        return None
+    weights = [
+        (torch.ones_like(level) if real is None else real.to(level.dtype)).flatten()
+        for level, real in counted
+    ]
+    weight = torch.cat(weights)
+    soft = torch.sigmoid(torch.cat([level.flatten() for level, _ in counted]) / _SOFTNESS)
+    return (soft * weight).sum() / weight.sum()
 
 
 def budget_loss(share: torch.Tensor, budget: float) -> torch.Tensor:
-    """(share - budget)², of the share of tokens that take the second pass."""
+    """(share - budget)², of the share of tokens that take the second pass. It is a loss of a pass:
+    the fewer rows are computed together, the more each of them has to keep to the budget.
+    """
     return (share - budget).square()
 
 

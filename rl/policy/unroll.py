@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
 from rl.errors import PolicyError
+from rl.policy.depth import counting_only
 from rl.policy.model import LatentPolicy
 from rl.policy.packed_attention import install
-from rl.policy.saliency import watched
+from rl.policy.saliency import Saliency, watched
 from rl.policy.settings import placeholder_ids
 from rl.policy.video_tokens import SeenVideo
 from rl.policy.visual_replay import choose
@@ -29,30 +30,27 @@ from rl.policy.visual_replay import choose
 
 @dataclass
 class PromptVideos:
-    """The video tokens of B prompts, V at most, padded behind."""
+    """The video tokens of N prompts, V at most, padded behind, and B sequences that own them."""
 
-    columns: torch.Tensor  # int64 [B, V], where in the cache they are
-    real: torch.Tensor  # bool [B, V]
-    positions: torch.Tensor  # int64 [3, B, V]
-    features: torch.Tensor  # [B, V, H], as they enter the language model
+    columns: torch.Tensor  # int64 [N, V], where in the cache they are
+    real: torch.Tensor  # bool [N, V]
+    positions: torch.Tensor  # int64 [3, N, V]
+    features: torch.Tensor  # [N, V, H], as they enter the language model
     seen: SeenVideo | None  # as latents see them
+    owner: torch.Tensor  # int64 [B], each sequence's prompt
     free: torch.Tensor  # bool [B, V], not shown again yet
 
     def select(self, rows: torch.Tensor) -> PromptVideos:
-        seen = self.seen
-        if seen is not None:
-            keys, values = seen.memory
-            seen = SeenVideo(
-                seen.memory._replace(keys=keys[rows], values=values[rows]), seen[1][rows]
-            )
-        return PromptVideos(
-            self.columns[rows],
-            self.real[rows],
-            self.positions[:, rows],
-            self.features[rows],
-            seen,
-            self.free[rows],
-        )
+        """Those of some sequences. What is large stays where it is."""
+        return replace(self, owner=self.owner[rows], free=self.free[rows])
+
+    def seen_by(self, rows: torch.Tensor | None) -> SeenVideo | None:
+        """As the latents of all sequences see them, or of some `rows`."""
+        if self.seen is None:
+            return None
+        owner = self.owner if rows is None else self.owner[rows]
+        keys, values = (x[owner] for x in self.seen.memory)
+        return SeenVideo(self.seen.memory._replace(keys=keys, values=values), self.seen[1][owner])
 
 
 class Unroll:
@@ -65,6 +63,8 @@ class Unroll:
 
     hidden: torch.Tensor
     replayed: torch.Tensor | None = None
+    question: torch.Tensor | None = None  # float32 [B, V], see `__init__`
+    _videos: PromptVideos | None = None
 
     def __init__(
         self,
@@ -72,10 +72,12 @@ class Unroll:
         inputs: dict[str, Any],
         *,
         tail: int = 1,
-        watch: bool = False,
+        look: bool = False,
+        ask: bool = False,
     ) -> None:
         """Take in the prompts of `inputs`, left-padded: what the model's processor gives for B of
-        them. `watch` notes what their last tokens attend to, for `saliency`.
+        them. With `look` their `videos` are kept for the caller too, and with `ask` `question` says
+        how much what stands behind a video attends to its tokens.
         """
         self.policy: Any = policy
         if policy.training and policy.is_gradient_checkpointing:
@@ -84,22 +86,31 @@ class Unroll:
                 "gradient checkpointing off"
             )
         self._replays = policy.modules_config.visual_replay
-        self._watch = watch or self._replays is not None
-        if self._watch:
-            install(policy.config)
         positions, self._next = policy.position_ids(inputs)
-        self._mask = inputs["attention_mask"]
+        ids, self._mask = inputs["input_ids"], inputs["attention_mask"]
         self._saliency: torch.Tensor | None = None
         cache = _differentiable_cache(policy) if torch.is_grad_enabled() else None
-        with self._watching(), policy.input_embeds() as embeds:
+        is_video = torch.isin(ids, ids.new_tensor(placeholder_ids(policy.config)))
+        # Behind the last token of its video: the question, and what opens the answer.
+        behind = (is_video.long().flip(1).cumsum(1).flip(1) == 0) & (self._mask > 0)
+        rows = behind if ask else None
+        with (
+            self._watching(ids[:, -1], rows) as watch,
+            policy.input_embeds() as embeds,
+            counting_only(self._mask > 0),
+        ):
             out = policy.hidden_states(
                 **inputs, position_ids=positions, past_key_values=cache, use_cache=True
             )
         self._cache = out.past_key_values
         self.tail = out.last_hidden_state[:, -tail:]
         self.hidden = self.tail[:, -1]
-        assert embeds.value is not None
-        self.videos = self._find_videos(inputs["input_ids"], positions, embeds.value)
+        if look or ask or policy.modules_config.wants_video:
+            assert embeds.value is not None
+            self._videos = self._find_videos(is_video, positions, embeds.value)
+        if ask:
+            assert watch is not None
+            self.question = self._of_videos(watch.mean)
 
     # -- what the modules need ---------------------------------------------------------------------
 
@@ -108,19 +119,30 @@ class Unroll:
         """How much each sequence's last token attended to its video tokens: float32 [B, V], mean
         over layers and heads.
         """
-        assert self._saliency is not None, "nobody watched what the tokens attend to"
-        return self._saliency.gather(1, self.videos.columns) * self.videos.real
+        assert self._saliency is not None, "the last token opens no latent and is none"
+        return self._of_videos(self._saliency)
+
+    def _of_videos(self, attention: torch.Tensor) -> torch.Tensor:
+        videos = self.videos
+        return attention.gather(1, videos.columns[videos.owner]) * videos.real[videos.owner]
+
+    @property
+    def videos(self) -> PromptVideos:
+        """The video tokens of the prompts, where the policy or the caller wants them."""
+        assert self._videos is not None, "nobody asked to look at the videos"
+        return self._videos
 
     def means(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Means [B, H] of the latents that would come next, or of those of some `rows`."""
-        if rows is None:
-            return self.means_of(self.hidden[:, None])[:, 0]
-        seen = None if self.videos.seen is None else self.videos.select(rows).seen
-        return self.policy.latent_means(self.hidden[rows, None], seen)[:, 0]
+        hidden = self.hidden if rows is None else self.hidden[rows]
+        return self.policy.latent_means(hidden[:, None], self._seen(rows))[:, 0]
 
     def means_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """Means [B, Q, H] of latents behind any hidden states [B, Q, H] of the sequences."""
-        return self.policy.latent_means(hidden, self.videos.seen)
+        return self.policy.latent_means(hidden, self._seen())
+
+    def _seen(self, rows: torch.Tensor | None = None) -> SeenVideo | None:
+        return None if self._videos is None else self._videos.seen_by(rows)
 
     # -- growing -----------------------------------------------------------------------------------
 
@@ -133,19 +155,18 @@ class Unroll:
             self.replayed = self.replayed[rows]
         if self._saliency is not None:
             self._saliency = self._saliency[rows]
-        self.videos = self.videos.select(rows)
+        if self._videos is not None:
+            self._videos = self._videos.select(rows)
 
     def detached(self) -> Unroll:
         """The same sequences without a way back for gradients. Each of the two grows on its own."""
         other = copy.copy(self)
         other._cache = _detached(self._cache)
         other.hidden = self.hidden.detach()
-        seen = self.videos.seen
-        if seen is not None:
+        if self._videos is not None and (seen := self._videos.seen) is not None:
             keys, values = (x.detach() for x in seen.memory)
             seen = SeenVideo(seen.memory._replace(keys=keys, values=values), seen.visible)
-        other.videos = copy.copy(self.videos)
-        other.videos.seen = seen
+            other._videos = replace(self._videos, seen=seen)
         return other
 
     def feed(self, ids: torch.Tensor, latents: torch.Tensor) -> None:
@@ -187,10 +208,10 @@ class Unroll:
             self._take(replays)
             there = replays >= 0
             again = replays.clamp_min(0).flatten(1)
-            index = again[..., None].expand(-1, -1, self.videos.features.shape[-1])
-            shown = self.policy.visual_replay(self.videos.features.gather(1, index))
+            videos, whose = self.videos, self.videos.owner[:, None]
+            shown = self.policy.visual_replay(videos.features[whose, again])
             shown = shown.unflatten(1, (width, -1))
-            old = self.videos.positions.gather(2, again.expand(3, -1, -1))
+            old = videos.positions[:, whose, again]
             ids = F.pad(ids[..., None], (block - 1, 0)).flatten(1)
             mask = torch.cat([there.to(mask.dtype), mask[..., None]], -1).flatten(1)
             positions = torch.cat(
@@ -198,7 +219,11 @@ class Unroll:
             ).flatten(2)
             own = torch.arange(block - 1, width * block, block, device=ids.device)
         self._mask = torch.cat([self._mask, mask], 1)
-        with self._watching(), _put(self.policy, shown):
+        with (
+            self._watching(ids[:, -1]),
+            _put(self.policy, shown),
+            counting_only(mask > 0),
+        ):
             out = self.policy.hidden_states(
                 input_ids=ids,
                 latents=latents,
@@ -215,27 +240,34 @@ class Unroll:
     def _take(self, replays: torch.Tensor) -> None:
         """These video tokens are not free any more."""
         gone = F.one_hot((replays + 1).flatten(1), self.videos.free.shape[1] + 1).any(1)[:, 1:]
-        self.videos.free = self.videos.free & ~gone
+        self._videos = replace(self.videos, free=self.videos.free & ~gone)
 
     @contextmanager
-    def _watching(self) -> Iterator[None]:
-        """Notes what the last tokens of a pass attend to, where somebody will ask."""
-        if not self._watch:
-            yield
+    def _watching(
+        self, last: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> Iterator[Saliency | None]:
+        """Notes what the `last` tokens [B] of a pass attend to, where a latent may follow that is
+        preceded by a replay, and what `rows` of it do.
+        """
+        tokens = self.policy.latent_tokens
+        inside = (last == tokens.start) | (last == tokens.filler)
+        replays = self._replays is not None and bool(inside.any())
+        if not replays and rows is None:
+            yield None
             return
-        with watched() as found:
-            yield
-        self._saliency = found.value
+        install(self.policy.config)
+        with watched(rows) as found:
+            yield found
+        if replays:
+            self._saliency = found.last
 
     def _find_videos(
-        self, ids: torch.Tensor, positions: torch.Tensor, embeds: torch.Tensor
+        self, is_video: torch.Tensor, positions: torch.Tensor, embeds: torch.Tensor
     ) -> PromptVideos:
-        wanted = ids.new_tensor(placeholder_ids(self.policy.config))
-        is_video = torch.isin(ids, wanted)
         counts = is_video.sum(1)
         # Those of each row first, in their order.
         columns = (~is_video).long().argsort(dim=1, stable=True)[:, : int(counts.max())]
-        real = torch.arange(columns.shape[1], device=ids.device) < counts[:, None]
+        real = torch.arange(columns.shape[1], device=columns.device) < counts[:, None]
         features = embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[-1]))
         return PromptVideos(
             columns,
@@ -243,7 +275,8 @@ class Unroll:
             positions.gather(2, columns.expand(3, -1, -1)),
             features,
             self.policy.see(features, real[:, None]),
-            real.clone(),
+            torch.arange(len(columns), device=columns.device),
+            real,
         )
 
 

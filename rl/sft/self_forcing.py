@@ -30,6 +30,7 @@ from rl.policy.scores import Scores
 from rl.policy.unroll import Unroll
 from rl.policy.visual_replay import region_target
 from rl.scoring import collate, decision_slots, prompt_inputs
+from rl.sft.own_latents import in_eval_mode
 from rl.trajectory import Trajectory
 
 AlignTo = Literal["segments", "question"]
@@ -39,7 +40,7 @@ AlignTo = Literal["segments", "question"]
 class SelfForced:
     """What came of B rows with L latents in all. The terms are means over the latents."""
 
-    scores: Scores  # of what was decided [N], and the means [L, H], which were fed
+    scores: Scores  # of what was decided [N], and the means [L, H] of the latents
     align: torch.Tensor  # mean 1 - cos(z, segment)
     diversity: torch.Tensor  # mean over rows of cos² between their latents
     replay: torch.Tensor  # mean squared error of what was shown again and its region
@@ -59,7 +60,8 @@ def self_forced(
     follows, and have only their own alignment. Raises `DataError` for a row with a span elsewhere
     than at its start.
     """
-    alike: dict[int, list[Trajectory]] = defaultdict(list)
+    # Of one length each: padding takes a mask, with which attention copies its keys once a head.
+    alike: dict[tuple[int, int], list[Trajectory]] = defaultdict(list)
     for row in rows:
         tokens = policy.latent_tokens
         if len(row.span_lengths) > 1 or (
@@ -69,10 +71,10 @@ def self_forced(
                 f"sample {row.sample_id!r}: self-forcing takes one latent span, at the start of "
                 "the completion; use train.latents: own for rows with others"
             )
-        alike[len(row.latents)].append(row)
+        alike[len(row.latents), len(row.prompt_ids)].append(row)
     parts = []
     with counted_depth() as levels:
-        for count, group in sorted(alike.items()):
+        for (count, _), group in sorted(alike.items()):
             if count:
                 clips = [[media.get(key) for key in row.media] for row in group]
                 parts.append(_unrolled(policy, group, clips, count, steps, align_to))
@@ -109,14 +111,14 @@ def _unrolled(
     pad = policy.latent_tokens.end  # which is masked wherever it pads
     prompts = [np.append(row.prompt_ids, start) for row in rows]
     inputs = prompt_inputs(policy, prompts, clips, pad)
-    unroll = Unroll(policy, inputs, tail=2, watch=align_to == "question")
-    weights = unroll.saliency if align_to == "question" else None
+    unroll = Unroll(policy, inputs, tail=2, look=True, ask=align_to == "question")
     hidden = [unroll.tail]
     fillers = inputs["input_ids"].new_full((len(rows), count), filler)
     constant = 0 if steps is None else max(0, count - steps)
     replayed = []
     if constant:
-        fed, replayed = _alone(unroll.detached(), fillers[:, :constant])
+        with in_eval_mode(policy):  # where nothing is learned, nothing drops out
+            fed, replayed = _alone(unroll.detached(), fillers[:, :constant])
         again = torch.stack(replayed, 1) if replayed else None
         hidden.append(unroll.extend(fillers[:, :constant], fed.flatten(0, 1), replays=again))
     # The means of constants hang on the states before them, and are not what was fed.
@@ -138,7 +140,7 @@ def _unrolled(
     features, grids = unroll.videos.features, [_grid(group, policy) for group in clips]
     return SelfForced(
         scores,
-        alignment_loss(latents, segments(features, grids, count, weights)),
+        alignment_loss(latents, segments(features, grids, count, unroll.question)),
         diversity_loss(latents),
         _replay_loss(policy, features, grids, replayed),
         F.cosine_similarity(latents[:, 1:].float(), latents[:, :-1].float(), dim=-1).flatten(),
@@ -231,7 +233,8 @@ def _replay_loss(
     replayed: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Mean over latents of the squared error, per dimension, between the mean of the tokens shown
-    again before one and the mean feature of the densest window of these tokens.
+    again before one and the mean feature of the densest window of these tokens; 0 for a latent
+    before which nothing is, as all of the video was.
     """
     config = policy.modules_config.visual_replay
     if config is None:
@@ -245,5 +248,5 @@ def _replay_loss(
                 shown = policy.visual_replay(tokens[own]).float().mean(0)
                 target = region_target(tokens, own, grid, config.window).float()
                 errors.append((shown - target).square().mean())
-    # Nothing is shown again once all of a video was.
-    return torch.stack(errors).mean() if errors else features.sum() * 0.0
+    latents = len(grids) * len(replayed)
+    return torch.stack(errors).sum() / latents if errors else features.sum() * 0.0

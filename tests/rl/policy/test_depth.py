@@ -271,14 +271,16 @@ def test_checkpointed_layers_count_and_learn_the_same(family, router, world):
 
 
 def test_budget_by_hand():
-    levels = [torch.tensor([0.0, 0.1]), torch.tensor([-0.1, 1.0, -1.0])]
-    share = second_pass_share(levels)
+    levels = [torch.tensor([[0.0, 0.1]]), torch.tensor([[-0.1, 1.0, -1.0, 5.0]])]
+    share = second_pass_share(
+        [(levels[0], None), (levels[1], torch.tensor([[True, True, True, False]]))]
+    )
     up = 1 / (1 + math.exp(-1))  # σ(0.1 / 0.1), and 1 - up is σ(-0.1 / 0.1)
     assert share.item() == pytest.approx((0.5 + up + (1 - up) + 1 + 0) / 5, abs=1e-4)  # type: ignore[union-attr]
     assert budget_loss(torch.tensor(0.5), 0.2).item() == pytest.approx(0.09)
     assert second_pass_share([]) is None
     level = torch.tensor([2.0, -0.05], requires_grad=True)
-    budget_loss(second_pass_share([level]), 0.9).backward()  # type: ignore[arg-type]
+    budget_loss(second_pass_share([(level, None)]), 0.9).backward()  # type: ignore[arg-type]
     assert level.grad[1] < 0  # too few: the levels rise  # type: ignore[index]
 
 
@@ -292,7 +294,7 @@ def test_levels_are_counted_where_someone_counts(world):
             **{k: v for k, v in batch.inputs.items() if k not in ("slots", "video")},
             use_cache=False,
         )
-    assert [len(level) for level in levels] == [batch.tokens] * 6
+    assert [level.numel() for level, _ in levels] == [batch.tokens] * 6
     torch.testing.assert_close(second_pass_share(levels), scores.depth)
 
 

@@ -8,6 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rl.data.frames import FrameRule
+from rl.data.media import MediaProcessor
 from rl.errors import PolicyError
 from rl.policy.depth import DepthConfig, DepthGate
 from rl.policy.loading import load_policy, make_policy
@@ -105,52 +107,66 @@ def test_a_new_module_shows_tokens_as_they_are(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saliency_is_that_of_whole_attention_maps(family, tmp_path):
-    policy, processor = thinking_policy(tmp_path / "p", family)
+    replays = REPLAY if family != "qwen3_5" else None
+    policy, processor = thinking_policy(tmp_path / "p", family, modules=replays)
     policy.save_pretrained(tmp_path / "saved")
     eager = load_policy(tmp_path / "saved", attn_implementation="eager").eval()
     text = policy.config.get_text_config()
     if family != "qwen2_5_vl":
         assert text.num_key_value_heads < text.num_attention_heads
-    engine = engine_for(policy, processor)
-    groups = engine.generate(requests_for(square_samples(tmp_path / "clips", 3), 1))
-    rows = [g.trajectories[0] for g in groups]
-    clips = [[engine.media.get(key) for key in t.media] for t in rows]
-    inputs = prompt_inputs(policy, [t.prompt_ids for t in rows], clips, pad=0)
+    media = engine_for(policy, processor).media
+    samples = square_samples(tmp_path / "clips", 3)
+    encoder = MediaProcessor(processor, FrameRule(8))
+    clips = [[media.get(encoder.key(sample))] for sample in samples]
+    start, filler = policy.latent_tokens.start, policy.latent_tokens.filler
+    prompts = [
+        np.append(encoder.encode(sample, clip).input_ids, start)
+        for sample, clip in zip(samples, clips, strict=True)
+    ]
+    inputs = prompt_inputs(policy, prompts, clips, pad=0)
     assert (inputs["attention_mask"] == 0).any()
+    video = inputs["input_ids"] == policy.config.video_token_id
 
-    def expected(inputs, latents=None):
+    def maps(inputs, latents=None):
+        """Attention [B, T, T], mean over layers and heads."""
         out = eager.hidden_states(
             **inputs, latents=latents, output_attentions=True, use_cache=False
         )
-        maps = [a for a in out.attentions if a is not None]
-        assert len(maps) == (1 if family == "qwen3_5" else 2)
-        return torch.stack([a[:, :, -1] for a in maps]).mean((0, 2))
+        found = [a for a in out.attentions if a is not None]
+        assert len(found) == (1 if family == "qwen3_5" else 2)
+        return torch.stack(found).mean((0, 2))
 
-    unroll = Unroll(policy, inputs, watch=True)
+    whole = maps(inputs)
+    unroll = Unroll(policy, inputs, ask=True)
     videos = unroll.videos
-    wanted = expected(inputs).gather(1, videos.columns) * videos.real
+    for row in range(3):
+        # The question is what stands behind the last frame.
+        behind = int(video[row].nonzero()[-1]) + 1
+        wanted = whole[row, behind:].mean(0)[video[row]]
+        torch.testing.assert_close(
+            unroll.question[row, : len(wanted)],  # type: ignore[index]
+            wanted,
+            atol=1e-6,
+            rtol=1e-4,
+        )
+    assert not unroll.question[~videos.real].any()  # type: ignore[index]
+    if replays is None:
+        return
+    wanted = whole[:, -1].gather(1, videos.columns) * videos.real
     assert wanted[videos.real].min() > 0 and not unroll.saliency[~videos.real].any()
     torch.testing.assert_close(unroll.saliency, wanted, atol=1e-6, rtol=1e-4)
     # And of the tokens that follow, whatever became of the rows.
     unroll.select(torch.tensor([2, 0, 1]))
-    filler = policy.latent_tokens.filler
     latents = torch.randn(3, 32)
+    unroll.extend(torch.tensor([[70]] * 3), latents[:0])
     unroll.extend(torch.full((3, 1), filler), latents)
-    unroll.extend(torch.tensor([[70, 71]] * 3), latents[:0])
     for place, row in enumerate([2, 0, 1]):
-        t = rows[row]
-        own = plain_inputs(eager, engine.media, t, len(t.prompt_ids))
-        own.pop("latents")
-        ids = torch.cat([own["input_ids"], torch.tensor([[filler, 70, 71]])], 1)
-        own |= {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": torch.nn.functional.pad(own["mm_token_type_ids"], (0, 3)),
-        }
+        ids = torch.cat([torch.from_numpy(prompts[row]), torch.tensor([70, filler])])[None]
+        own = prompt_inputs(policy, [ids[0].numpy()], [clips[row]], pad=0)
         at = (ids[0] == policy.config.video_token_id).nonzero()[:, 0]
         torch.testing.assert_close(
             unroll.saliency[place, : len(at)],
-            expected(own, latents[place : place + 1])[0, at],
+            maps(own, latents[place : place + 1])[0, -1, at],
             atol=1e-6,
             rtol=1e-4,
         )
@@ -170,8 +186,8 @@ def test_second_passes_do_not_count(tmp_path):
     found, hidden = [], []
     for bias in (-10.0, 10.0):
         gate.router.bias.fill_(bias)
-        unroll = Unroll(policy, inputs, watch=True)
-        found.append(unroll.saliency)
+        unroll = Unroll(policy, inputs, ask=True)
+        found.append(unroll.question)
         hidden.append(unroll.hidden)
     assert (hidden[0] - hidden[1]).abs().max() > 1e-2
     assert torch.equal(found[0], found[1])
@@ -179,7 +195,7 @@ def test_second_passes_do_not_count(tmp_path):
 
 def test_who_watches_nothing_is_told():
     with watched() as found, pytest.raises(AssertionError, match="no attention was computed"):
-        _ = found.value
+        _ = found.last
 
 
 # -- what the language model sees ------------------------------------------------------------------
