@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoProcessor
 
-from recipes.check_modules import check_modules, wanted_modules
+from recipes.check_modules import check_modules, inert_keys, wanted_modules
 from recipes.engines import EngineChoice, engine_of
 from recipes.loading import Recipe
 from recipes.schema import ClipSection, LADAPORecipe, RecipeBase, RewardSection, SFTRecipe
@@ -95,7 +95,7 @@ def check_recipe(recipe: Recipe) -> Plan:
             for name, s in zip(("train", "validation", "evaluation"), sets, strict=True)
         },
         rewards=rewards,
-        warnings=warnings,
+        warnings=[*warnings, *inert_keys(recipe, start.modules)],
         engine=engine_of(recipe, start.modules.names) if isinstance(recipe, LADAPORecipe) else None,
     )
 
@@ -125,7 +125,7 @@ def read_start(recipe: RecipeBase) -> Start:
     own = LatentProtocol.from_dict(settings["protocol"]) if settings else None
     had = ModulesConfig.from_dict((settings or {}).get("modules", {}))
     modules = had.added(wanted_modules(recipe.policy))
-    check_modules(recipe, modules, read_config(recipe.policy.path))
+    check_modules(recipe, had, modules, read_config(recipe.policy.path))
     return Start(
         AutoProcessor.from_pretrained(recipe.policy.path),
         protocol,

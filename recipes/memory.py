@@ -49,7 +49,8 @@ def recipe_memory(recipe: Recipe, plan: Plan) -> RecipeMemory:
     if isinstance(recipe, SFTRecipe) and recipe.train.latents == "self_forcing":
         raise RecipeError(
             "the memory of train.latents: self_forcing cannot be estimated yet; docs/costs.md says "
-            "what it grows with. For the part without it, ask with --set train.latents=own"
+            "what it grows with. For a run without gradients through latents, ask with --set "
+            "train.latents=own --set train.bptt_steps=null --set policy.visual_replay=null"
         )
     media = media_processor(recipe.data, plan.processor)
     sample, clip = first_clip(media, plan.train, recipe.data.bad_videos)

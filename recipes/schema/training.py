@@ -240,10 +240,10 @@ class CurriculumSection(Section):
         description="Updates in each stage (epochs elsewhere: Coconut 3, visual-enhanced depth "
         "scaling 4)."
     )
-    max_stage: Count = Field(
+    max_stage: Annotated[int, Field(ge=0)] = Field(
         default=5,
         description="The last stage, in which so many steps are latents (visual-enhanced depth "
-        "scaling; Coconut: 3). Stage 0, the first, is all text.",
+        "scaling; Coconut: 3). Stage 0, the first, is all text; 0: there is no other.",
     )
     latents_per_step: Count = Field(
         default=1,

@@ -35,11 +35,11 @@ _DIRECT: Changes = {
     "train.curriculum": None,
     "train.latents": "teacher",
 }
-# A curriculum that stays at its first stage, in which every step is text.
+# A curriculum with no stage but the first, in which every step is text.
 _CHAIN: Changes = {
     **_NO_SPANS,
     "train.start_latents": None,
-    "train.curriculum": {"steps_per_stage": 1_000_000, "max_stage": 1},
+    "train.curriculum": {"steps_per_stage": 1, "max_stage": 0},
     "policy.min_length": 1,
 }
 

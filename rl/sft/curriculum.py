@@ -35,11 +35,12 @@ STEPS = "steps"  # the manifest column with a row's chain of thought
 class CurriculumConfig:
     """When each stage begins and what it replaces by what.
 
-    `steps_per_stage` counts updates. `merge_steps` joins a chain of thought into at most so many
-    steps. A row of fewer steps than the stage has as many latents as it has steps, or with
-    `pad_latents` as many as others. `mix` is the probability that a row is taught at a stage drawn
-    from all of them. With `reset_optimizer` the optimizer forgets its moments at each new stage;
-    the schedule of the learning rate goes on. Raises `ObjectiveError` for what cannot work.
+    `steps_per_stage` counts updates; with a `max_stage` of 0 chains stay chains. `merge_steps`
+    joins a chain of thought into at most so many steps. A row of fewer steps than the stage has as
+    many latents as it has steps, or with `pad_latents` as many as others. `mix` is the probability
+    that a row is taught at a stage drawn from all of them. With `reset_optimizer` the optimizer
+    forgets its moments at each new stage; the schedule of the learning rate goes on. Raises
+    `ObjectiveError` for what cannot work.
     """
 
     steps_per_stage: int
@@ -52,12 +53,12 @@ class CurriculumConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps_per_stage", "max_stage", "latents_per_step", "merge_steps"):
-            value = getattr(self, name)
+            value, least = getattr(self, name), int(name != "max_stage")
             if not (name == "merge_steps" and value is None) and (
-                not isinstance(value, int) or isinstance(value, bool) or value < 1
+                not isinstance(value, int) or isinstance(value, bool) or value < least
             ):
                 raise ObjectiveError(
-                    f"curriculum: {name} is {value!r}; it must be a whole number, at least 1"
+                    f"curriculum: {name} is {value!r}; it must be a whole number, at least {least}"
                 )
         if not 0.0 <= self.mix <= 1.0:
             raise ObjectiveError(f"curriculum: mix is {self.mix}; a probability is between 0 and 1")
@@ -158,6 +159,8 @@ def check_curriculum(sample: Sample, config: CurriculumConfig, protocol: LatentP
     it has no steps or the protocol does not allow its span at some stage.
     """
     steps = len(steps_of(sample))
+    if not config.max_stage:
+        return 0
     steps = min(steps, config.merge_steps or steps)
     fewest, most = config.latents(1, steps), config.latents(config.max_stage, steps)
     where = f"sample {sample.id!r}: in the curriculum it"

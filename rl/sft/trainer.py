@@ -146,6 +146,11 @@ class LatentSFTTrainer(Trainer):
             callbacks=[CompleteCheckpoints(self._resume_state), *callbacks],
             **kwargs,
         )
+        if args.latents == "self_forcing" and self.accelerator.num_processes > 1:
+            raise ObjectiveError(
+                "latents is 'self_forcing', which trains in one process in this version: its "
+                "passes do not go through what several processes wrap a policy in"
+            )
         # `compute_loss` divides by the totals of the update; transformers must not divide again by
         # the accumulation steps.
         self.model_accepts_loss_kwargs = True

@@ -25,7 +25,7 @@ from rollouts.vllm_engine import VLLMEngine
 from tests.latent import thinking_policy
 from tests.recipes.worlds import write_recipe
 from tests.rl.policy.test_modules import modules
-from tests.tiny import save_tiny_checkpoint, tiny_processor
+from tests.tiny import save_tiny_checkpoint
 
 ALL = {
     "policy.injection": {"heads": 2},
@@ -44,6 +44,14 @@ SELF_FORCED = {
         "max_completion_length": 6,
         "gradient_checkpointing": False,
     },
+}
+
+# What the published router can be trained with.
+PUBLISHED = {
+    "policy.depth": {"router": "published", "tokens": 4},
+    "policy.max_length": 2,
+    "train.latents": "teacher",
+    "train.start_latents": None,
 }
 
 
@@ -86,7 +94,7 @@ def test_vllm_is_refused_by_name(check: Any, tmp_path: Path) -> None:
         (
             {"policy.depth": {"router": "published"}},
             RecipeError,
-            "cannot generate; but this stage samples",
+            "cannot generate; but stage la_dapo samples. Write policy.depth.router: token$",
         ),
         (
             {
@@ -119,23 +127,20 @@ def test_what_does_not_work_in_la_dapo(
         (
             {"policy.depth": {"router": "published"}},
             RecipeError,
-            "cannot generate; but self-forcing makes latents one after the other",
+            "train.latents self_forcing: the policy's own latents would be made with a look at the",
         ),
         (
-            {
-                "policy.depth": {"router": "published"},
-                "train.latents": "own",
-                "evaluation": {"manifest": "rows.jsonl"},
-            },
+            {"policy.depth": {"router": "published"}, "train.latents": "own"},
             RecipeError,
-            "cannot generate; but evaluation asks for answers",
+            "train.latents own: the policy's own latents would be made with a look at the",
         ),
         (
-            {
-                "policy.depth": {"router": "published"},
-                "train.latents": "own",
-                "train.validate_every": 1,
-            },
+            {**PUBLISHED, "evaluation": {"manifest": "rows.jsonl"}},
+            RecipeError,
+            "cannot generate; but evaluation asks for answers.*, or leave that out",
+        ),
+        (
+            {**PUBLISHED, "train.validate_every": 1},
             RecipeError,
             "cannot generate; but train.validate_every asks for answers",
         ),
@@ -167,20 +172,43 @@ def test_a_policy_keeps_the_modules_it_has(check: Any, tmp_path: Path) -> None:
         check({"policy.injection": {"heads": 4}}, tmp_path / "policy")
 
 
-def test_evaluation_refuses_the_published_router(
-    tmp_path: Path, tiny_checkpoint: Path, clips: Path
-) -> None:
+def test_evaluation_takes_the_modules_that_there_are(tmp_path: Path, clips: Path) -> None:
+    policy, processor = thinking_policy(tmp_path / "tiny", modules=modules(["injection"]))
+    policy.save_pretrained(tmp_path / "policy")
+    processor.save_pretrained(tmp_path / "policy")
     path = tmp_path / "evaluate.yaml"
-    values = {
+    values: dict[str, Any] = {
         "stage": "evaluate",
         "output": "run",
-        "policy": {"path": str(tiny_checkpoint), "depth": {"router": "published"}},
+        "policy": {"path": "policy", "injection": {"heads": 2}},
         "benchmarks": [{"data": str(clips / "manifest.jsonl")}],
     }
     path.write_text(json.dumps(values))
     recipe: Any = load_any_recipe(path)
-    with pytest.raises(RecipeError, match="cannot generate; but this stage samples"):
-        check_evaluation(recipe)
+    assert check_evaluation(recipe).engine.engine == "transformers"
+    for name in ("depth", "visual_replay"):
+        path.write_text(json.dumps({**values, "policy": {"path": "policy", name: {}}}))
+        recipe = load_any_recipe(path)
+        with pytest.raises(RecipeError, match=rf"policy\.{name}: .* would be measured untrained"):
+            check_evaluation(recipe)
+
+
+def test_keys_that_change_nothing_are_told(check: Any) -> None:
+    warnings = check(
+        {
+            **SELF_FORCED,
+            "train.latents": "own",
+            "train.align_weight": 0.3,
+            "train.replay_weight": 0.3,
+            "train.depth_weight": 0.3,
+            "train.latent_weight": 0.3,
+        }
+    ).warnings
+    keys = ("align_weight", "replay_weight", "depth_weight", "latent_weight")
+    assert [w.split(" changes nothing")[0] for w in warnings] == [f"train.{key}" for key in keys]
+    written = {"align_to": "question", "replay_weight": 0.1, "depth_weight": 0.1}
+    told = {f"train.{key}": value for key, value in written.items()}
+    assert check({**SELF_FORCED, **ALL, **told}).warnings == []
 
 
 def finished(folder: Path, model: Path, manifest: Path, changes: dict[str, Any]) -> Path:
@@ -215,8 +243,7 @@ def test_self_forcing_then_la_dapo_with_every_module(
 
 
 def test_the_published_router_trains(tmp_path: Path, tiny_checkpoint: Path, clips: Path) -> None:
-    changes = {**SELF_FORCED, "train.latents": "own"}
-    changes["policy.depth"] = {"router": "published", "tokens": 4}
-    policy = finished(tmp_path / "run", tiny_checkpoint, clips / "manifest.jsonl", changes)
+    policy = finished(
+        tmp_path / "run", tiny_checkpoint, clips / "manifest.jsonl", {**SELF_FORCED, **PUBLISHED}
+    )
     assert load_policy(policy).modules_config.depth.router == "published"
-    assert tiny_processor() is not None

@@ -4,13 +4,17 @@ import json
 import random
 import resource
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config
 
+from rl.errors import PolicyError
+from rl.policy.injection import InjectionConfig
 from rl.policy.loading import load_policy
+from rl.policy.modules import ModulesConfig
 from rl.policy.protocol import LatentProtocol
 from tests.latent import thinking_policy
 from tests.rollouts.vllm_runs import Ask, cut, engine, gaps, how, same, sample, take
@@ -262,3 +266,14 @@ def test_mutation_blocks_with_latents_shared(world, roomy, monkeypatch):
     monkeypatch.setattr(vllm_internals, "_fillers", set())
     assert gap() > 1e-2
     roomy.reset_prefix_cache()
+
+
+def test_a_policy_with_modules_is_refused_by_name(tmp_path):
+    from rollouts.vllm_internals import prepare_config
+
+    policy, _ = thinking_policy(tmp_path / "p", modules=ModulesConfig(injection=InjectionConfig(2)))
+    model = SimpleNamespace(hf_config=policy.config, architecture="LatentQwen3VL")
+    with pytest.raises(
+        PolicyError, match=r"LatentQwen3VL: vLLM cannot run a policy with injection"
+    ):
+        prepare_config(SimpleNamespace(model_config=model))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor
@@ -17,9 +18,11 @@ from rl.errors import CheckpointError, DataError, ObjectiveError
 from rl.policy.heads import HeadConfig
 from rl.policy.loading import make_policy
 from rl.policy.protocol import LatentProtocol
+from rl.scoring import decision_slots
 from rl.sft.config import LatentSFTConfig
 from rl.sft.lessons import CurriculumLessons, SpanLessons, StartLessons, longest_spans
 from rl.sft.targets import Targets
+from rl.sft.taught import UNTAUGHT
 from rl.sft.trainer import LatentSFTTrainer
 from rl.trajectory import Sample
 from tests.rl.sft.writing import writer
@@ -221,3 +224,18 @@ def test_rows_without_steps_are_refused_before_training(
     rows = [*samples[:3], replace(samples[3], extra={})]
     with pytest.raises(DataError, match="'clip3': the curriculum replaces a chain"):
         build(rows, curriculum=CURRICULUM)
+
+
+def test_what_is_labelled_is_what_is_trained(build: Callable[..., LatentSFTTrainer]) -> None:
+    for args in ({"start_latents": 3}, {"curriculum": CURRICULUM}):
+        trainer = build(**args)
+        for index in range(len(trainer.samples)):
+            lesson = trainer._lesson(index)
+            row = trainer.rows.teach(index, lesson, None)
+            before = [np.arange(len(lesson.tokens))]
+            slots, places = decision_slots([row], trainer.policy, before, len(lesson.tokens))
+            taught = (lesson.labels != UNTAUGHT).nonzero()[0]
+            assert places.tolist() == taught.tolist()
+            assert slots.ids.tolist() == lesson.labels[taught].tolist()
+            assert slots.latent_rows.tolist() == lesson.latent_slots.tolist()
+            assert lesson.decided == len(taught)
