@@ -27,7 +27,7 @@ class Chain(Seed):
 
     def figures(self, variants: Sequence[str]) -> dict[str, Figures]:
         """The figures of this seed by the rows of the table, in the order of `LABELS`."""
-        self.prepare()
+        self.prepare(self.scale.candidates)
         evaluations = {ZERO_SHOT: self.evaluate(ZERO_SHOT)}
         self.select()
         for variant in variants:
@@ -37,9 +37,9 @@ class Chain(Seed):
             evaluations[variant] = self.evaluate(variant)
         return {name: by_hops(evaluations[name]) for name in LABELS if name in evaluations}
 
-    def prepare(self) -> None:
+    def prepare(self, clips: int) -> None:
         """The world, a tiny model that sees, and that model when it has learned to answer."""
-        super().prepare()
+        super().prepare(clips)
         scale = self.scale
         base = range(min(scale.base, scale.candidates))
         self._rows("candidates", ("train", range(scale.candidates), "latents"))

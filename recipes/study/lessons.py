@@ -92,9 +92,9 @@ class Lessons(Seed):
 
     def figures(self, variants: Sequence[str]) -> dict[str, Figures]:
         """The figures of this seed by the rows of the table, in its order."""
-        self.prepare()
+        self.prepare(self.scale.lessons)
         data: Changes = {
-            "data.train": self._asked("train", self.scale.candidates),
+            "data.train": self._asked("train", self.scale.lessons),
             "evaluation.manifest": self._asked("held_out", self.scale.held_out),
         }
         chosen = [name for name in self.rows if name in variants]

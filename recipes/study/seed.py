@@ -39,7 +39,8 @@ class Scale:
     """How much of everything. `changes` are those of the recipes, by the name of their file."""
 
     candidates: int = 3072
-    base: int = 3072
+    base: int = 3072  # also what perception is learned from
+    lessons: int = 8192  # clips of the systems whose rows are single SFT runs
     held_out: int = 1024
     perception: Perception | None = None  # by default what the world needs
     changes: dict[str, Changes] = field(default_factory=dict)
@@ -59,9 +60,9 @@ class Seed:
         """The tiny model that sees."""
         return self.folder / "perception"
 
-    def prepare(self) -> None:
-        """The clips, and a tiny model that sees them."""
-        self._write_clips()
+    def prepare(self, clips: int) -> None:
+        """So many clips to train on, those held out, and a tiny model that sees."""
+        self._write_clips(clips)
         self._perceive()
 
     def manifest(self, name: str, rows: Iterable[Row]) -> Path:
@@ -75,10 +76,10 @@ class Seed:
         settings = [f"{key}={json.dumps(v, default=str)}" for key, v in values.items()]
         return load_any_recipe(Path(__file__).with_name(f"{file}.yaml"), settings)
 
-    def _write_clips(self) -> None:
+    def _write_clips(self, clips: int) -> None:
         scale, seed = self.scale, self.seed
         with progress_bar(self.console, transient=True) as bar:
-            for split, count in (("train", scale.candidates), ("held_out", scale.held_out)):
+            for split, count in (("train", clips), ("held_out", scale.held_out)):
                 task = bar.add_task(f"{split} clips", total=count)
                 self.setting.write(
                     self.world,
@@ -96,7 +97,7 @@ class Seed:
         processor = AutoProcessor.from_pretrained(plain)
         set_seed(self.seed)  # the latent head is drawn
         policy = make_policy(plain, processor, PROTOCOL, HeadConfig("linear"))
-        samples = read_manifest(self.world / "train.jsonl")
+        samples = read_manifest(self.world / "train.jsonl", limit=self.scale.base)
         media = MediaProcessor(processor)
         config = replace(self.scale.perception or self.setting.perception, seed=self.seed)
         pretrain(policy, media, samples, self.perceived, config, self.setting.world)

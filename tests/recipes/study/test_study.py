@@ -29,6 +29,7 @@ FOLDER = Path(world.__file__).parent
 _STEPS = {"train.max_steps": 1, "train.batch_size": 2, "train.micro_batch": 2, "train.warmup": 0}
 TINY = Scale(
     candidates=8,
+    lessons=8,
     base=4,
     held_out=4,
     perception=Perception(steps=1, batch_size=2, warmup=1, tiles=1, reads=1),
