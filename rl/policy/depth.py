@@ -42,6 +42,7 @@ else:
 
 Router = Literal["token", "published"]
 
+_WORTH_PICKING = 32  # tokens of a pass: below, a second pass of all costs no more
 _SOFTNESS = 0.1  # of the step that counts a token as taking the second pass, in units of the gate
 
 
@@ -138,9 +139,48 @@ class DeepLayer(_Base):
             _count(level[..., 0])
         elif not bool(gate.any()):
             return out
+        elif out.shape[1] > _WORTH_PICKING and kwargs.get("layout") is None:
+            return self._again_where_open(out, gate[..., 0], once, *args, **kwargs)
         with unwatched():  # whether this pass runs at all depends on the other tokens of a batch
             again = super().forward(out, *args, past_key_values=_SecondPass(once), **kwargs)
         return out + (gate * (again - out).float()).to(out.dtype)
+
+    def _again_where_open(
+        self, hidden: torch.Tensor, gate: torch.Tensor, once: _FirstPass, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """The second pass of those tokens [B, T] alone whose gate is open, beside padding where a
+        row has fewer of them. For passes without gradients, where nothing asks about the others.
+        """
+        open_ = gate > 0
+        counts = open_.sum(1)
+        # Those of each row first, in their order.
+        at = (~open_).long().argsort(dim=1, stable=True)[:, : int(counts.max())]
+        cos, sin = kwargs.pop("position_embeddings")
+        rows = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
+        assert once.seen is not None
+        keys, length = once.seen[0].shape[2], hidden.shape[1]
+        mask = kwargs.pop("attention_mask", None)
+        if mask is None:
+            lowest = torch.finfo(hidden.dtype).min
+            behind = torch.arange(keys, device=at.device) > (at + keys - length)[..., None]
+            mask = torch.zeros((), dtype=hidden.dtype, device=at.device)
+            mask = mask.expand(behind.shape).masked_fill(behind, lowest)[:, None]
+        else:
+            mask = mask.expand(len(at), -1, -1, -1)
+            mask = mask.gather(2, at[:, None, :, None].expand(-1, mask.shape[1], -1, keys))
+        kwargs.pop("position_ids", None)
+        with unwatched():
+            again = super().forward(
+                rows,
+                *args,
+                position_embeddings=(_picked(cos, at), _picked(sin, at)),
+                attention_mask=mask,
+                past_key_values=_SecondPass(once),
+                **kwargs,
+            )
+        share = gate.gather(1, at)[..., None]  # 0 where it is padding
+        added = (share * (again - rows).float()).to(hidden.dtype)
+        return hidden.scatter_add(1, at[..., None].expand_as(added), added)
 
     def _published(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """h_i + π_i·Block(selected)_i, for the top tokens of each sequence by π, a softmax over it;
@@ -181,6 +221,12 @@ class DeepLayer(_Base):
             added = (shares[best, None] * again[0].float()).to(hidden.dtype)
             out = out.index_put((torch.full_like(at, row), at), hidden[row, at] + added)
         return out
+
+
+def _picked(rotary: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Rotary factors [..., B, T, D] of the tokens `at` [B, S]."""
+    index = at[..., None].expand(*rotary.shape[:-3], -1, -1, rotary.shape[-1])
+    return rotary.expand(*rotary.shape[:-3], len(at), -1, -1).gather(-2, index)
 
 
 class _FirstPass:

@@ -21,7 +21,8 @@ from rl.policy.depth import (
 )
 from rl.policy.loading import make_policy, model_class
 from rl.policy.modules import ModulesConfig
-from rl.scoring import collate
+from rl.policy.unroll import Unroll
+from rl.scoring import collate, prompt_inputs
 from tests.latent import (
     PROTOCOL,
     engine_for,
@@ -367,3 +368,25 @@ def test_which_layers_are_chosen():
 def test_config_errors(settings, said):
     with pytest.raises(PolicyError, match=said):
         DepthConfig(**settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_tokens_with_open_gates_are_picked(family, padded, world, monkeypatch):
+    policy, media, trajectories = world(family)
+    rows = sorted(trajectories, key=lambda t: len(t.prompt_ids))[:: 1 if padded else 99]
+    clips = [[media.get(key) for key in t.media] for t in rows]
+    inputs = prompt_inputs(policy, [t.prompt_ids for t in rows], clips, pad=0)
+    picked = []
+    original = DeepLayer._again_where_open
+
+    def noted(self, hidden, gate, *args, **kwargs):
+        picked.append((gate > 0).float().mean().item())
+        return original(self, hidden, gate, *args, **kwargs)
+
+    monkeypatch.setattr(DeepLayer, "_again_where_open", noted)
+    found = Unroll(policy, inputs, tail=8).tail
+    assert picked and all(0.0 < share < 1.0 for share in picked)
+    monkeypatch.setattr("rl.policy.depth._WORTH_PICKING", 10**6)
+    torch.testing.assert_close(found, Unroll(policy, inputs, tail=8).tail, atol=2e-5, rtol=1e-5)
