@@ -91,6 +91,8 @@ bench: $(VLLM_STAMP)  ## Measure exactness, rewards, updates, memory, videos and
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.video
 	$(BIN)/python -m benchmarks.rollout
+	$(BIN)/python -m benchmarks.inference_cost
+	$(BIN)/python -m benchmarks.self_forcing
 
 clean:  ## Remove caches and build products; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
