@@ -257,8 +257,6 @@ def main() -> None:
     longest = setting_of(config, 2, max(options.latents))  # which the protocol allows
     policy = random_policy(longest).eval()
     clips = [(frames,) for frames in options.frames]
-    if options.mixed:
-        clips.append(tuple(options.frames))
     weights = sum(p.nbytes for p in policy.parameters()) / MIB
     print(
         f"{machine(torch.device('cpu'))}, float32, {options.clock} clock, {options.model}: "
@@ -274,8 +272,7 @@ def main() -> None:
             for k in options.latents
             for m in dict.fromkeys((*(m for m in options.steps if m < k), k))
         ]
-        if len(frames) == 1:
-            cases += [replace(c, naive=True) for c in cases if c.count == options.naive]
+        cases += [replace(c, naive=True) for c in cases if c.count == options.naive]
         measured = compare(policy, cases, config, options.repeats, options.clock, options.peak)
         print_cases(measured, options.steps, names)
         found |= measured
@@ -298,9 +295,6 @@ def read_arguments() -> argparse.Namespace:
         "--frames", type=int, nargs="+", default=[8, 32], help="frame pairs, 16 tokens each"
     )
     parser.add_argument("--naive", type=int, default=12, help="K at which the naive loop stands")
-    parser.add_argument(
-        "--mixed", action="store_true", help="also one batch with a row of each length"
-    )
     parser.add_argument("--peak", action="store_true", help="also peaks, which takes time")
     parser.add_argument(
         "--repeats", type=int, default=2, help=f"of what takes less than {ENOUGH:.0f} seconds"
