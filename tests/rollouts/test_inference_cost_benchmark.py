@@ -56,9 +56,10 @@ def test_steps_by_hand(bench, sample):
         assert cost.prefill.tokens == cost.prompt
         assert cost.prefill.deep == SIZE.layers * cost.prompt
         assert cost.prefill.seconds > 0 and cost.decode.seconds > 0
-    # One of two layers is gated: the prompt goes through it twice, and of 6 tokens some.
-    assert costs["+ depth"].prefill.deep == 3 * costs["+ depth"].prompt
-    assert 2 * 6 < costs["+ depth"].decode.deep < 3 * 6
+    # One of two layers is gated: of the prompt and of 6 tokens some go through it twice.
+    deep = costs["+ depth"]
+    assert 2 * deep.prompt < deep.prefill.deep < 3 * deep.prompt
+    assert 2 * 6 < deep.decode.deep < 3 * 6
 
 
 @pytest.mark.parametrize("name", ["chain of 5", "latents", "+ injection", "+ visual replay"])
