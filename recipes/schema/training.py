@@ -174,8 +174,8 @@ class LADAPOSection(TrainSection):
     )
     depth_weight: NotNegative = Field(
         default=1.0,
-        description="With policy.depth, weight of (share - budget)² of second passes in each forward pass "
-        "(ours).",
+        description="With policy.depth, weight of (share - budget)², share that of second passes "
+        "in a forward pass (ours).",
     )
     filter_low: Share = Field(
         default=0.1, description="Train on groups with accuracy above this (Future-L1)."
@@ -352,8 +352,8 @@ class SFTSection(TrainSection):
     )
     depth_weight: NotNegative = Field(
         default=1.0,
-        description="With policy.depth, weight of (share - budget)² of second passes in each forward pass "
-        "(ours).",
+        description="With policy.depth, weight of (share - budget)², share that of second passes "
+        "in a forward pass (ours).",
     )
     answer_template: str = Field(
         default="<answer>{answer}</answer>", description="The text taught after the spans."
